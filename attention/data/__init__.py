@@ -1,0 +1,1 @@
+"""Data sets: numpy and grain, indexed by (seed, step)."""

@@ -1,0 +1,28 @@
+"""Whole models, made of `attention.modules`."""
+
+import difflib
+
+from attention.models.gpt import GPT
+
+_MODELS = {'gpt': GPT}
+
+
+def create(name: str, **fields):
+  """The model of that name; call it inside `hk.transform`.
+
+  Args:
+    name: 'gpt'.
+    **fields: of its class.
+
+  Raises:
+    ValueError: an unknown model or field; says the nearest.
+  """
+  if name not in _MODELS:
+    raise ValueError(f'model: expected one of {sorted(_MODELS)}, got {name!r}')
+  known = _MODELS[name].__dataclass_fields__
+  for field in fields:
+    if field not in known:
+      near = difflib.get_close_matches(field, known, n=1)
+      hint = f'; did you mean {near[0]!r}?' if near else ''
+      raise ValueError(f'model.{field}: {name} has no such field{hint}')
+  return _MODELS[name](**fields)

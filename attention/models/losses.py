@@ -1,0 +1,28 @@
+"""What models minimise."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+def cross_entropy(
+  logits: Float[Array, '*b v'],
+  targets: Int[Array, '*b'],
+  mask: Bool[Array, '*b'] | None = None,
+) -> tuple[Float[Array, ''], Float[Array, '']]:
+  """Negative log-likelihood of the targets.
+
+  Args:
+    logits: unnormalised log-probabilities.
+    targets: token ids, in [0, v).
+    mask: which targets count; all by default.
+
+  Returns:
+    The sum over targets that count, in nats, and how many they are.
+  """
+  logits = logits.astype(jnp.float32)
+  picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+  nats = jax.nn.logsumexp(logits, axis=-1) - picked
+  if mask is None:
+    return nats.sum(), jnp.float32(nats.size)
+  return jnp.where(mask, nats, 0).sum(), mask.sum(dtype=jnp.float32)

@@ -1,0 +1,1 @@
+"""Haiku modules, for anyone's model: import them as `attention.X`."""

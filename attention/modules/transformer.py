@@ -1,0 +1,108 @@
+"""The Transformer's block (Vaswani et al. 2017, figure 1)."""
+
+import dataclasses
+
+import haiku as hk
+import jax
+
+from attention.modules.layers import LayerNorm, Linear, dropout
+from attention.modules.multihead import MultiHeadAttention
+
+_ACTIVATIONS = {'relu': jax.nn.relu, 'gelu': jax.nn.gelu}
+
+
+@dataclasses.dataclass(kw_only=True, eq=False)
+class TransformerBlock(hk.Module):
+  """Self-attention, cross-attention if given a context, and feed-forward.
+
+  Each sublayer is added to its input: `x + sublayer(norm(x))` if `norm` is
+  'pre' (GPT-2), `norm(x + sublayer(x))` if 'post' (Vaswani et al. 2017).
+  """
+
+  num_heads: int
+  hidden_size: int | None = None  # of the feed-forward; 4 × width by default
+  norm: str = 'pre'  # 'pre' or 'post'
+  activation: str = 'gelu'  # 'gelu' or 'relu'
+  dropout_rate: float = 0.0  # of each sublayer's output and the weights
+  w_init: hk.initializers.Initializer | None = None
+  output_w_init: hk.initializers.Initializer | None = None  # of what is added
+  attention: dict | None = None  # further fields of MultiHeadAttention
+  name: str | None = None
+
+  def __call__(
+    self,
+    x,
+    context=None,
+    *,
+    mask=None,
+    context_mask=None,
+    is_training: bool = False,
+  ):
+    """One block.
+
+    Args:
+      x: [*b, t, m].
+      context: [*b, k, m'] for cross-attention, or None for no such layer.
+      mask: of self-attention, see `dot_product_attention`.
+      context_mask: of cross-attention.
+      is_training: whether to drop.
+
+    Returns:
+      [*b, t, m].
+
+    Raises:
+      ValueError: unknown norm or activation, width not divisible by heads.
+    """
+    for field, known in (
+      ('norm', ('pre', 'post')),
+      ('activation', tuple(_ACTIVATIONS)),
+    ):
+      if getattr(self, field) not in known:
+        raise ValueError(
+          f'{field}: expected one of {known}, got {getattr(self, field)!r}'
+        )
+
+    def attention(name):
+      return MultiHeadAttention(
+        num_heads=self.num_heads,
+        dropout_rate=self.dropout_rate,
+        w_init=self.w_init,
+        output_w_init=self.output_w_init,
+        name=name,
+        **(self.attention or {}),
+      )
+
+    x = self._add(
+      x,
+      'attention',
+      lambda y: attention('attention')(y, mask=mask, is_training=is_training),
+      is_training,
+    )
+    if context is not None:
+      x = self._add(
+        x,
+        'cross_attention',
+        lambda y: attention('cross_attention')(
+          y, context, mask=context_mask, is_training=is_training
+        ),
+        is_training,
+      )
+    return self._add(x, 'feed_forward', self._feed_forward, is_training)
+
+  @hk.transparent
+  def _add(self, x, name, sublayer, is_training):
+    norm = LayerNorm(f'{name}_norm')
+    y = sublayer(norm(x) if self.norm == 'pre' else x)
+    x = x + dropout(y, self.dropout_rate, is_training)
+    # Kept as an array: XLA on CPU would add up all earlier layers anew inside
+    # every kernel that reads the sum.
+    x = jax.lax.optimization_barrier(x)
+    return x if self.norm == 'pre' else norm(x)
+
+  @hk.transparent
+  def _feed_forward(self, x):
+    hidden = self.hidden_size or 4 * x.shape[-1]
+    h = Linear(hidden, w_init=self.w_init, name='expand')(x)
+    return Linear(
+      x.shape[-1], w_init=self.output_w_init or self.w_init, name='contract'
+    )(_ACTIVATIONS[self.activation](h))

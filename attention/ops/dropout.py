@@ -1,0 +1,49 @@
+"""Attention dropout whose bits depend on positions alone, not on tiles."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+
+def _mix(x):
+  """A bijective hash of 32 bits (Wellons 2018, "lowbias32")."""
+  x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
+  x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+  return x ^ (x >> 16)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Dropout:
+  """Which weights are kept, a function of (seed, batch, head, query, key).
+
+  Any block of the pattern can be asked for by itself, so implementations that
+  work in tiles drop the same weights as the whole pattern, in the backward
+  pass as in the forward one.
+  """
+
+  seed: object  # [2] uint32
+  rate: float = dataclasses.field(metadata={'static': True})
+
+  @classmethod
+  def create(cls, rng, rate: float) -> 'Dropout':
+    return cls(jax.random.bits(rng, (2,), jnp.uint32), float(rate))
+
+  def factor(self, row, query, num_query: int, key, num_key: int):
+    """[..., num_query, num_key] float32: 0 or 1 / (1 - rate).
+
+    Args:
+      row: [...] integers that number batch rows and heads.
+      query: first query of the block; may be traced. So may `key`.
+      num_query: queries in the block.
+      key: first key of the block.
+      num_key: keys in the block.
+    """
+    row = _mix(jnp.asarray(row).astype(jnp.uint32) + self.seed[0])
+    queries = (query + jnp.arange(num_query)).astype(jnp.uint32)
+    keys = (key + jnp.arange(num_key)).astype(jnp.uint32)
+    line = _mix((row[..., None] ^ queries) + self.seed[1])
+    bits = _mix(line[..., None] ^ _mix(keys + self.seed[0]))
+    threshold = jnp.uint32(round(self.rate * (2**32 - 1)))
+    return jnp.where(bits >= threshold, 1 / (1 - self.rate), 0.0)

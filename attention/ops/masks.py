@@ -1,0 +1,256 @@
+"""Masks as descriptions: who may attend to whom, without the [q, k] array."""
+
+import dataclasses
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+
+def _expand(value):
+  """Per-batch numbers [*b] get the axes of the logits: [*b, 1, 1, 1]."""
+  return jnp.asarray(value)[..., None, None, None] if np.ndim(value) else value
+
+
+def _slice(array, start, size, axis):
+  """Part of an axis; an axis of one position stands for all of them."""
+  if array.shape[axis] == 1:
+    return array
+  return lax.dynamic_slice_in_dim(array, start, size, axis)
+
+
+class _Condition:
+  """One part of a mask: ints and None are static, everything else is a leaf."""
+
+  def __init_subclass__(cls):
+    dataclasses.dataclass(frozen=True)(cls)
+    jax.tree_util.register_pytree_node(cls, cls._flatten, cls._unflatten)
+
+  def _flatten(self):
+    values = [getattr(self, f.name) for f in dataclasses.fields(self)]
+    is_static = [v is None or isinstance(v, int) for v in values]
+    leaves = [v for v, s in zip(values, is_static, strict=True) if not s]
+    static = [
+      (s, v if s else None) for v, s in zip(values, is_static, strict=True)
+    ]
+    return leaves, tuple(static)
+
+  @classmethod
+  def _unflatten(cls, static, leaves):
+    # Past __init__: JAX puts objects of its own in place of the leaves.
+    leaves = iter(leaves)
+    self = object.__new__(cls)
+    for field, (is_static, value) in zip(
+      dataclasses.fields(cls), static, strict=True
+    ):
+      value = value if is_static else next(leaves)
+      object.__setattr__(self, field.name, value)
+    return self
+
+  def tile(self, query, num_query, key, num_key):
+    """The condition on a block of the logits, broadcastable to it."""
+    raise NotImplementedError
+
+  def diagonals(self):
+    """Static (low, high): keys outside query + [low, high] are never seen."""
+    return None, None
+
+
+class _Band(_Condition):
+  """low <= key - query <= high; None is no bound."""
+
+  low: object
+  high: object
+
+  def tile(self, query, num_query, key, num_key):
+    distance = (
+      (key + jnp.arange(num_key)) - (query + jnp.arange(num_query))[:, None]
+    )
+    seen = True
+    if self.low is not None:
+      seen = seen & (distance >= _expand(self.low))
+    if self.high is not None:
+      seen = seen & (distance <= _expand(self.high))
+    return jnp.broadcast_to(seen, (1, 1)) if seen is True else seen
+
+  def diagonals(self):
+    return tuple(
+      b if isinstance(b, int) else None for b in (self.low, self.high)
+    )
+
+
+class _Lengths(_Condition):
+  """Queries and keys at and past their lengths see and are seen by none."""
+
+  query_lengths: object
+  key_lengths: object
+
+  def tile(self, query, num_query, key, num_key):
+    seen = jnp.ones((1, 1), bool)
+    if self.query_lengths is not None:
+      queries = (query + jnp.arange(num_query))[:, None]
+      seen = seen & (queries < _expand(self.query_lengths))
+    if self.key_lengths is not None:
+      keys = key + jnp.arange(num_key)
+      seen = seen & (keys < _expand(self.key_lengths))
+    return seen
+
+
+class _Segments(_Condition):
+  """Positions see those with the same id."""
+
+  query_ids: object  # [*b, q]
+  key_ids: object  # [*b, k]
+
+  def tile(self, query, num_query, key, num_key):
+    queries = _slice(self.query_ids, query, num_query, -1)
+    keys = _slice(self.key_ids, key, num_key, -1)
+    return (queries[..., :, None] == keys[..., None, :])[..., None, :, :]
+
+
+class _Prefix(_Condition):
+  """Keys before the length are seen by all, the rest causally."""
+
+  lengths: object
+
+  def tile(self, query, num_query, key, num_key):
+    queries = (query + jnp.arange(num_query))[:, None]
+    keys = key + jnp.arange(num_key)
+    return (keys <= queries) | (keys < _expand(self.lengths))
+
+
+class _Dense(_Condition):
+  """An array, [q, k] or of the logits' rank; size-1 axes broadcast."""
+
+  array: object
+
+  def tile(self, query, num_query, key, num_key):
+    rows = _slice(self.array, query, num_query, -2)
+    return _slice(rows, key, num_key, -1)
+
+
+def _int_or_array(name, value):
+  """Python ints stay static; anything else must be an array of integers."""
+  if value is None or isinstance(value, (int, np.integer)):
+    return value if value is None else int(value)
+  array = value if isinstance(value, jax.Array) else np.asarray(value)
+  if not jnp.issubdtype(array.dtype, jnp.integer):
+    raise ValueError(
+      f'{name}: expected an int or an integer array [*b], got dtype '
+      f'{array.dtype}'
+    )
+  return array
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclasses.dataclass(frozen=True)
+class Mask:
+  """Who may attend to whom: conditions joined by AND (True = may attend).
+
+  A pytree that goes through `jit` and `vmap`. Python ints in it are static and
+  let implementations skip whole blocks of the logits; arrays are leaves.
+  Make one with the class methods and join them with `&`.
+  """
+
+  conditions: tuple
+
+  @classmethod
+  def causal(cls, offset=0) -> Self:
+    """Query i sees keys j <= i + offset; offset: int or [*b] integers."""
+    return cls((_Band(None, _int_or_array('offset', offset)),))
+
+  @classmethod
+  def window(cls, left=None, right=None) -> Self:
+    """Query i sees keys i - left <= j <= i + right; None is no bound."""
+    left, right = _int_or_array('left', left), _int_or_array('right', right)
+    return cls((_Band(None if left is None else -left, right),))
+
+  @classmethod
+  def lengths(cls, query_lengths=None, key_lengths=None) -> Self:
+    """Positions at and past the lengths are padding; int or [*b] integers."""
+    return cls((
+      _Lengths(
+        _int_or_array('query_lengths', query_lengths),
+        _int_or_array('key_lengths', key_lengths),
+      ),
+    ))
+
+  @classmethod
+  def segments(cls, query_ids, key_ids=None) -> Self:
+    """Positions see those of equal id; [*b, q] and [*b, k] (default: same)."""
+    key_ids = query_ids if key_ids is None else key_ids
+    for name, ids in (('query_ids', query_ids), ('key_ids', key_ids)):
+      if np.ndim(ids) == 0:
+        raise ValueError(f'{name}: expected an array [*b, positions], got {ids}')
+    return cls((_Segments(_array(query_ids), _array(key_ids)),))
+
+  @classmethod
+  def prefix(cls, lengths) -> Self:
+    """Keys before `lengths` (int or [*b]) are seen by all, the rest causally."""
+    return cls((_Prefix(_int_or_array('lengths', lengths)),))
+
+  @classmethod
+  def dense(cls, array) -> Self:
+    """A boolean array, [q, k] or broadcastable to the logits [*b, h, q, k].
+
+    Raises:
+      ValueError: the array isn't boolean (what is added to logits is a bias),
+        or has fewer than two axes.
+    """
+    array = _array(array)
+    if array.dtype != bool:
+      raise ValueError(
+        f'mask: expected a boolean array (True = may attend), got {array.dtype}'
+        ' (numbers that are added to the logits go to bias=)'
+      )
+    if array.ndim < 2:
+      raise ValueError(
+        f'mask: expected an array [q, k] or [*b, h, q, k], got {array.shape}'
+      )
+    return cls((_Dense(array),))
+
+  def __and__(self, other: 'Mask') -> 'Mask':
+    if not isinstance(other, Mask):
+      return NotImplemented
+    return Mask(self.conditions + other.conditions)
+
+  def to_array(self, num_query: int, num_key: int) -> jax.Array:
+    """The mask as a boolean array, broadcastable to [*b, h, q, k]."""
+    return self.tile(0, num_query, 0, num_key)
+
+  def tile(self, query, num_query: int, key, num_key: int) -> jax.Array:
+    """The block of `num_query` × `num_key` logits from (`query`, `key`).
+
+    The starts may be traced; the result broadcasts to [*b, h, q, k].
+    """
+    seen = jnp.ones((1, 1), bool)
+    for condition in self.conditions:
+      seen = seen & condition.tile(query, num_query, key, num_key)
+    return seen
+
+  def diagonals(self) -> tuple[int | None, int | None]:
+    """Static (low, high): keys outside query + [low, high] are never seen."""
+    lows, highs = zip(
+      (None, None), *(c.diagonals() for c in self.conditions), strict=True
+    )
+    return (
+      max((low for low in lows if low is not None), default=None),
+      min((high for high in highs if high is not None), default=None),
+    )
+
+  def arrays(self):
+    """The dense arrays in it, whose shapes the caller checks."""
+    return [c.array for c in self.conditions if isinstance(c, _Dense)]
+
+  def tree_flatten(self):
+    return self.conditions, None
+
+  @classmethod
+  def tree_unflatten(cls, _, conditions):
+    return cls(tuple(conditions))
+
+
+def _array(value):
+  return value if isinstance(value, jax.Array) else np.asarray(value)

@@ -1,0 +1,78 @@
+"""Attention as the formula: the einsum that everything is compared with."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from attention.ops.call import Call
+
+# Finite, so that a row of nothing but masked logits has no NaN in it.
+_MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
+
+
+def logits(
+  query: Float[Array, '*b q h d'], key: Float[Array, '*b k g d'], call: Call
+) -> Float[Array, '*b h q k']:
+  """Scaled, capped, biased and masked logits in float32."""
+  *batch, num_query, num_heads, size = query.shape
+  num_key, num_groups = key.shape[-3:-1]
+  query = query.reshape(*batch, num_query, num_groups, -1, size)
+  products = jnp.einsum(
+    '...qgrd,...kgd->...grqk',
+    query,
+    key,
+    preferred_element_type=jnp.float32,
+  )
+  x = products.reshape(*batch, num_heads, num_query, num_key) * call.scale
+  if call.logit_cap is not None:
+    x = call.logit_cap * jnp.tanh(x / call.logit_cap)
+  if call.bias is not None:
+    x = x + call.bias.astype(jnp.float32)
+  if call.mask is not None:
+    x = jnp.where(call.mask.to_array(num_query, num_key), x, _MASKED)
+  return x
+
+
+def weights(
+  logits: Float[Array, '*b h q k'], call: Call
+) -> Float[Array, '*b h q k']:
+  """Softmax over keys; with sinks, over keys and the sink."""
+  if call.sinks is None:
+    return jax.nn.softmax(logits)
+  sinks = call.sinks.astype(jnp.float32)[:, None, None]
+  top = jnp.maximum(logits.max(-1, keepdims=True), sinks)
+  top = jax.lax.stop_gradient(top)
+  exp = jnp.exp(logits - top)
+  return exp / (exp.sum(-1, keepdims=True) + jnp.exp(sinks - top))
+
+
+def attention(
+  query: Float[Array, '*b q h d'],
+  key: Float[Array, '*b k g d'],
+  value: Float[Array, '*b k g e'],
+  call: Call,
+) -> Float[Array, '*b q h e']:
+  """softmax(query keyᵀ · scale + bias) value (Vaswani et al. 2017, eq. 1)."""
+  *batch, num_query, num_heads, _ = query.shape
+  num_key, num_groups = key.shape[-3:-1]
+  pattern = weights(logits(query, key, call), call)
+  if call.dropout is not None:
+    rows = jnp.arange(math.prod((*batch, num_heads)))
+    pattern *= call.dropout.factor(
+      rows.reshape(*batch, num_heads), 0, num_query, 0, num_key
+    )
+  pattern = pattern.astype(value.dtype)
+  output = jnp.einsum(
+    '...grqk,...kge->...qgre',
+    pattern.reshape(*batch, num_groups, -1, num_query, num_key),
+    value,
+    preferred_element_type=jnp.float32,
+  ).reshape(*batch, num_query, num_heads, -1)
+  if call.mask is not None:
+    # A query that may see no key gets zeros, and passes no gradient on.
+    seen = call.mask.to_array(num_query, num_key).any(-1)  # [*b, h, q]
+    seen = jnp.atleast_2d(seen)
+    output = jnp.where(jnp.swapaxes(seen, -1, -2)[..., None], output, 0)
+  return output.astype(query.dtype)

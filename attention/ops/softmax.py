@@ -1,0 +1,32 @@
+"""Softmax that stays finite in every dtype."""
+
+import jax
+import jax.numpy as jnp
+
+FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
+
+
+def stable_softmax(logits: '...', axis: int = -1) -> '...':
+  """exp(logits) / sum exp(logits), computed in float32.
+
+  Jumper et al. 2021 compute attention's softmax this way under bfloat16, whose
+  eight bits of precision lose the small terms of the sum.
+
+  Args:
+    logits: float32, bfloat16 or float16, any shape.
+    axis: the axis that sums to one.
+
+  Returns:
+    Weights in the dtype of `logits`.
+
+  Raises:
+    ValueError: another dtype.
+  """
+  logits = jnp.asarray(logits)
+  if logits.dtype not in FLOATS:
+    raise ValueError(
+      'logits: expected float32, bfloat16 or float16, got '
+      f'{logits.dtype}; convert with logits.astype(jnp.float32)'
+    )
+  weights = jax.nn.softmax(logits.astype(jnp.float32), axis=axis)
+  return weights.astype(logits.dtype)

@@ -1,0 +1,63 @@
+"""How gradients become updates."""
+
+import jax
+import optax
+
+
+def adamw(
+  *,
+  steps: int,
+  learning_rate: float,
+  warmup_steps: int = 0,
+  final_fraction: float = 0.1,
+  weight_decay: float = 0.0,
+  b1: float = 0.9,
+  b2: float = 0.999,
+  clip_norm: float = 1.0,
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+  """AdamW (Loshchilov & Hutter 2019), warm-up and cosine decay, clipping.
+
+  Args:
+    steps: when the decay ends.
+    learning_rate: at the end of warm-up.
+    warmup_steps: linear increase from 0.
+    final_fraction: of the learning rate, at `steps`.
+    weight_decay: of matrices; vectors (biases, norms) are left alone.
+    b1: decay of the mean gradient.
+    b2: decay of the mean square.
+    clip_norm: the longest a gradient may be, all parameters together.
+
+  Returns:
+    The transformation, and the learning rate as a function of the step.
+
+  Raises:
+    ValueError: numbers out of range.
+  """
+  for key, value, is_right in (
+    ('learning_rate', learning_rate, learning_rate > 0),
+    ('warmup_steps', warmup_steps, 0 <= warmup_steps),
+    ('clip_norm', clip_norm, clip_norm > 0),
+    ('weight_decay', weight_decay, weight_decay >= 0),
+  ):
+    if not is_right:
+      raise ValueError(f'optimizer.{key}: out of range, got {value}')
+  warmup_steps = min(warmup_steps, steps)
+  schedule = optax.warmup_cosine_decay_schedule(
+    init_value=0.0,
+    peak_value=learning_rate,
+    warmup_steps=warmup_steps,
+    decay_steps=max(steps, warmup_steps + 1),
+    end_value=learning_rate * final_fraction,
+  )
+  transformation = optax.chain(
+    optax.clip_by_global_norm(clip_norm),
+    optax.adamw(
+      # Counted from 1, so that no step is wasted on a rate of 0.
+      lambda count: schedule(count + 1),
+      b1=b1,
+      b2=b2,
+      weight_decay=weight_decay,
+      mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
+    ),
+  )
+  return transformation, schedule

@@ -1,0 +1,34 @@
+"""One step of training, jitted, its buffers donated."""
+
+import jax
+import optax
+
+
+def init(task, optimizer, seed: int):
+  """The state that training starts with: parameters and optimizer."""
+  params = task.init(jax.random.key(seed))
+  return {'params': params, 'optimizer': optimizer.init(params)}
+
+
+def make(task, optimizer, schedule, seed: int):
+  """The function (state, batch, step) -> (state, metrics), not yet jitted.
+
+  `step` counts from 0. Its random numbers are a function of (seed, step), so
+  that a resumed run goes on exactly.
+  """
+
+  def train_step(state, batch, step):
+    rng = jax.random.fold_in(jax.random.key(seed), step + 1)
+    loss, grads = jax.value_and_grad(task.loss)(state['params'], rng, batch)
+    updates, opt_state = optimizer.update(
+      grads, state['optimizer'], state['params']
+    )
+    metrics = {
+      'train/loss': loss,
+      'train/grad_norm': optax.global_norm(grads),
+      'train/learning_rate': schedule(step + 1),
+    }
+    params = optax.apply_updates(state['params'], updates)
+    return {'params': params, 'optimizer': opt_state}, metrics
+
+  return train_step

@@ -1,0 +1,185 @@
+"""Tasks: what a run trains. Each gives a loss, an evaluation, its batches."""
+
+import functools
+import json
+import pathlib
+
+import haiku as hk
+import jax
+import numpy as np
+
+from attention import decoding, models
+from attention.data import language
+from attention.models.gpt import window_step
+from attention.models.losses import cross_entropy
+
+
+class Language:
+  """Next-token prediction on a text, by a GPT."""
+
+  def __init__(self, vocabulary, model: dict, data: language.Text | None):
+    """See `create` and `load`; `data` is None where nothing is trained."""
+    self.vocabulary = vocabulary
+    self.data = data
+    self.context_size = model['context_size']
+    forward = functools.partial(
+      models.create, 'gpt', vocab_size=vocabulary.size, **model
+    )
+    self._model = hk.transform(
+      lambda tokens, is_training=False: forward()(
+        tokens, is_training=is_training
+      )
+    )
+
+  @classmethod
+  def create(cls, config) -> 'Language':
+    """From a config, with its data."""
+    data = language.Text.load(seed=config.seed, **config.data)
+    if config.model.context_size < data.context_size:
+      raise ValueError(
+        f'model.context_size: expected at least data.context_size='
+        f'{data.context_size}, got {config.model.context_size}'
+      )
+    return cls(data.vocabulary, config.model.to_dict(), data)
+
+  @classmethod
+  def load(cls, config, record: dict) -> 'Language':
+    """From a run's config and data record, without the data."""
+    symbols = record['vocabulary']
+    vocabulary = (
+      language.Bytes() if symbols is None else language.Characters(symbols)
+    )
+    return cls(vocabulary, config.model.to_dict(), None)
+
+  def record(self) -> dict:
+    """What identifies the data, and what is needed to use the model."""
+    return {
+      'sha256': self.data.sha256,
+      'vocabulary': getattr(self.vocabulary, 'symbols', None),
+    }
+
+  def describe(self) -> str:
+    data = self.data
+    return (
+      f'{data.name}, {len(data.tokens):,} tokens of {self.vocabulary.size} '
+      f'kinds, sha256 {data.sha256[:8]}…'
+    )
+
+  @property
+  def batch_size(self) -> int:
+    return self.data.batch_size
+
+  @property
+  def tokens_per_step(self) -> int:
+    return self.data.batch_size * self.data.context_size
+
+  def batch(self, step: int) -> dict[str, np.ndarray]:
+    return self.data.batch(step)
+
+  def init(self, rng):
+    tokens = np.zeros((1, self.context_size), np.int32)
+    return self._model.init(rng, tokens)
+
+  def apply(self, params, tokens):
+    """Logits [b, t, v] of the tokens after [b, t]."""
+    return self._model.apply(params, None, tokens)
+
+  def loss(self, params, rng, batch):
+    """Mean nats per token, with dropout."""
+    logits = self._model.apply(params, rng, batch['tokens'], True)
+    total, count = cross_entropy(logits, batch['targets'])
+    return total / count
+
+  def evaluate(self, params, place) -> dict[str, float]:
+    """Mean nats per token over the whole validation part.
+
+    Args:
+      params: of the model.
+      place: puts a batch on the devices.
+    """
+    totals = [
+      self._evaluate_batch(params, place(batch))
+      for batch in self.data.validation_batches(4 * self.batch_size)
+    ]
+    total, count = np.sum(np.asarray(totals, np.float64), axis=0)
+    return {'eval/loss': total / count}
+
+  @functools.cached_property
+  def _evaluate_batch(self):
+    @jax.jit
+    def evaluate_batch(params, batch):
+      logits = self.apply(params, batch['tokens'])
+      return cross_entropy(logits, batch['targets'], batch['mask'])
+
+    return evaluate_batch
+
+  def example(self, params, seed: int) -> str:
+    """A text that shows what the model has learnt so far."""
+    return self.sample(params, '\n', 200, seed=seed, temperature=0.8)
+
+  def sample(
+    self,
+    params,
+    prompt: str,
+    num_tokens: int,
+    *,
+    seed: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+  ) -> str:
+    """The prompt and what the model writes after it.
+
+    Raises:
+      ValueError: an empty prompt, or symbols that the model has never seen.
+    """
+    if not prompt:
+      raise ValueError('prompt: expected at least one symbol, got none')
+    if num_tokens < 1:
+      raise ValueError(f'num_tokens: expected 1 or more, got {num_tokens}')
+    tokens = self.vocabulary.encode(prompt)[None]
+    drawn = self._sample(
+      params,
+      tokens[:, -self.context_size :],
+      jax.random.key(seed),
+      num_tokens=num_tokens,
+      temperature=temperature,
+      top_k=top_k,
+    )
+    return prompt + self.vocabulary.decode(np.asarray(drawn)[0])
+
+  @functools.cached_property
+  def _sample(self):
+    def sample(params, tokens, rng, **options):
+      step, cache = window_step(self.apply, params, self.context_size)
+      return decoding.sample(step, cache, tokens, rng=rng, **options)
+
+    return jax.jit(
+      sample, static_argnames=('num_tokens', 'temperature', 'top_k')
+    )
+
+
+_TASKS = {'language': Language}
+
+
+def create(config):
+  """The task that a config asks for, with its data.
+
+  Raises:
+    ValueError: an unknown task, or data or a model that don't fit.
+    OSError: data that can't be read.
+  """
+  return _find(config).create(config)
+
+
+def load(config, workdir: pathlib.Path):
+  """The task of a finished or interrupted run, without its data."""
+  record = json.loads((workdir / 'data.json').read_text())
+  return _find(config).load(config, record)
+
+
+def _find(config):
+  if config.task not in _TASKS:
+    raise ValueError(
+      f'task: expected one of {sorted(_TASKS)}, got {config.task!r}'
+    )
+  return _TASKS[config.task]

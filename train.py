@@ -1,0 +1,8 @@
+"""Trains what a config says: python train.py --config=FILE --workdir=DIR."""
+
+import sys
+
+from attention.training.main import main
+
+if __name__ == '__main__':
+  sys.exit(main(sys.argv))
