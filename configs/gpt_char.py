@@ -13,40 +13,42 @@ def get_config(size: str = '') -> ml_collections.ConfigDict:
 
 def _default():
   context_size = ml_collections.FieldReference(64)
-  return ml_collections.ConfigDict({
-    'task': 'language',
-    'seed': 0,
-    'data': {
-      'path': '',  # a UTF-8 text; '': the Python standard library's source
-      'level': 'characters',  # or 'bytes'
-      'context_size': context_size,
-      'batch_size': 12,
-    },
-    'model': {
-      'context_size': context_size,
-      'num_layers': 4,
-      'num_heads': 4,
-      'model_size': 128,
-      'dropout_rate': 0.0,
-      'with_tied_output': True,
-    },
-    'optimizer': {
-      'learning_rate': 3e-3,
-      'warmup_steps': 100,
-      'final_fraction': 0.1,
-      'weight_decay': 0.1,
-      'b1': 0.9,
-      'b2': 0.99,
-      'clip_norm': 1.0,
-    },
-    'training': {
-      'steps': 2_000,
-      'log_every': 100,
-      'eval_every': 500,
-      'checkpoint_every': 500,
-      'cpu_devices': 2,  # that share a batch, where there is no accelerator
-    },
-  })
+  return ml_collections.ConfigDict(
+    {
+      'task': 'language',
+      'seed': 0,
+      'data': {
+        'path': '',  # a UTF-8 text; '': the Python standard library's source
+        'level': 'characters',  # or 'bytes'
+        'context_size': context_size,
+        'batch_size': 12,
+      },
+      'model': {
+        'context_size': context_size,
+        'num_layers': 4,
+        'num_heads': 4,
+        'model_size': 128,
+        'dropout_rate': 0.0,
+        'with_tied_output': True,
+      },
+      'optimizer': {
+        'learning_rate': 3e-3,
+        'warmup_steps': 100,
+        'final_fraction': 0.1,
+        'weight_decay': 0.1,
+        'b1': 0.9,
+        'b2': 0.99,
+        'clip_norm': 1.0,
+      },
+      'training': {
+        'steps': 2_000,
+        'log_every': 100,
+        'eval_every': 500,
+        'checkpoint_every': 500,
+        'cpu_devices': 2,  # that share a batch, where there is no accelerator
+      },
+    }
+  )
 
 
 def _debug():
@@ -54,28 +56,34 @@ def _debug():
   config.data.update({'context_size': 16, 'batch_size': 4})
   config.model.update({'num_layers': 2, 'num_heads': 2, 'model_size': 16})
   config.optimizer.update({'warmup_steps': 5})
-  config.training.update({
-    'steps': 30,
-    'log_every': 5,
-    'eval_every': 15,
-    'checkpoint_every': 10,
-  })
+  config.training.update(
+    {
+      'steps': 30,
+      'log_every': 5,
+      'eval_every': 15,
+      'checkpoint_every': 10,
+    }
+  )
   return config
 
 
 def _base():
   config = _default()
   config.data.update({'context_size': 256, 'batch_size': 64})
-  config.model.update({
-    'num_layers': 6,
-    'num_heads': 6,
-    'model_size': 384,
-    'dropout_rate': 0.2,
-  })
+  config.model.update(
+    {
+      'num_layers': 6,
+      'num_heads': 6,
+      'model_size': 384,
+      'dropout_rate': 0.2,
+    }
+  )
   config.optimizer.update({'learning_rate': 1e-3})
-  config.training.update({
-    'steps': 5_000,
-    'eval_every': 250,
-    'checkpoint_every': 250,
-  })
+  config.training.update(
+    {
+      'steps': 5_000,
+      'eval_every': 250,
+      'checkpoint_every': 250,
+    }
+  )
   return config

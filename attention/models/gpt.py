@@ -84,9 +84,9 @@ class GPT(hk.Module):
     x = LayerNorm('final_norm')(x)
     if self.with_tied_output:
       return (x @ token_table.embeddings.T).astype(jnp.float32)
-    return Linear(
-      self.vocab_size, with_bias=False, w_init=init, name='output'
-    )(x).astype(jnp.float32)
+    return Linear(self.vocab_size, with_bias=False, w_init=init, name='output')(
+      x
+    ).astype(jnp.float32)
 
 
 def window_step(apply, params, context_size: int):

@@ -27,9 +27,7 @@ class LayerNorm(hk.LayerNorm):
   """
 
   def __init__(self, name: str | None = None):
-    super().__init__(
-      axis=-1, create_scale=True, create_offset=True, name=name
-    )
+    super().__init__(axis=-1, create_scale=True, create_offset=True, name=name)
 
   def __call__(self, inputs):
     return super().__call__(inputs.astype(jnp.float32)).astype(inputs.dtype)

@@ -100,9 +100,9 @@ class MultiHeadAttention(hk.Module):
       outputs = self._project_fused(inputs, widths)
     else:
       outputs = [
-        Linear(
-          width, with_bias=self.with_bias, w_init=self.w_init, name=name
-        )(x)
+        Linear(width, with_bias=self.with_bias, w_init=self.w_init, name=name)(
+          x
+        )
         for x, width, name in zip(
           inputs, widths, ('query', 'key', 'value'), strict=True
         )
@@ -128,9 +128,7 @@ class MultiHeadAttention(hk.Module):
     query, key, value = inputs
     if query is key and key is value:
       return jnp.split(qkv(query), splits, axis=-1)
-    return [
-      jnp.split(qkv(x), splits, axis=-1)[i] for i, x in enumerate(inputs)
-    ]
+    return [jnp.split(qkv(x), splits, axis=-1)[i] for i, x in enumerate(inputs)]
 
   def _head_sizes(self, width):
     num_kv_heads = self.num_kv_heads or self.num_heads

@@ -65,9 +65,9 @@ class _Band(_Condition):
   high: object
 
   def tile(self, query, num_query, key, num_key):
-    distance = (
-      (key + jnp.arange(num_key)) - (query + jnp.arange(num_query))[:, None]
-    )
+    distance = (key + jnp.arange(num_key)) - (query + jnp.arange(num_query))[
+      :, None
+    ]
     seen = True
     if self.low is not None:
       seen = seen & (distance >= _expand(self.low))
@@ -170,12 +170,14 @@ class Mask:
   @classmethod
   def lengths(cls, query_lengths=None, key_lengths=None) -> Self:
     """Positions at and past the lengths are padding; int or [*b] integers."""
-    return cls((
-      _Lengths(
-        _int_or_array('query_lengths', query_lengths),
-        _int_or_array('key_lengths', key_lengths),
-      ),
-    ))
+    return cls(
+      (
+        _Lengths(
+          _int_or_array('query_lengths', query_lengths),
+          _int_or_array('key_lengths', key_lengths),
+        ),
+      )
+    )
 
   @classmethod
   def segments(cls, query_ids, key_ids=None) -> Self:
@@ -183,12 +185,14 @@ class Mask:
     key_ids = query_ids if key_ids is None else key_ids
     for name, ids in (('query_ids', query_ids), ('key_ids', key_ids)):
       if np.ndim(ids) == 0:
-        raise ValueError(f'{name}: expected an array [*b, positions], got {ids}')
+        raise ValueError(
+          f'{name}: expected an array [*b, positions], got {ids}'
+        )
     return cls((_Segments(_array(query_ids), _array(key_ids)),))
 
   @classmethod
   def prefix(cls, lengths) -> Self:
-    """Keys before `lengths` (int or [*b]) are seen by all, the rest causally."""
+    """Keys before `lengths` (int, [*b]) are seen by all, others causally."""
     return cls((_Prefix(_int_or_array('lengths', lengths)),))
 
   @classmethod

@@ -4,9 +4,7 @@ import jax
 import jax.numpy as jnp
 
 
-def sinusoidal(
-  length: int, size: int, base: float = 10_000.0
-) -> jax.Array:
+def sinusoidal(length: int, size: int, base: float = 10_000.0) -> jax.Array:
   """Sines and cosines of the position (Vaswani et al. 2017, section 3.5).
 
   Channel 2i holds sin(position / base^(2i / size)), channel 2i + 1 its cosine,

@@ -34,7 +34,7 @@ class Checkpoints:
     )
 
   def restore(self, step: int, like: dict) -> dict:
-    """The state at `step`: those parts, shapes and shardings that `like` has."""
+    """The state at `step`: the parts, shapes and shardings of `like`."""
     restored = self._manager.restore(
       step,
       args=ocp.args.Composite(

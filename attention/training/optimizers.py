@@ -35,7 +35,7 @@ def adamw(
   """
   for key, value, is_right in (
     ('learning_rate', learning_rate, learning_rate > 0),
-    ('warmup_steps', warmup_steps, 0 <= warmup_steps),
+    ('warmup_steps', warmup_steps, warmup_steps >= 0),
     ('clip_norm', clip_norm, clip_norm > 0),
     ('weight_decay', weight_decay, weight_decay >= 0),
   ):

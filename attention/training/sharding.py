@@ -9,9 +9,7 @@ def make_mesh(batch_size: int) -> Mesh:
   """As many devices as divide the batch, along one axis, 'data'."""
   devices = jax.devices()
   count = max(n for n in range(1, len(devices) + 1) if batch_size % n == 0)
-  return Mesh(
-    np.array(devices[:count]), ('data',), axis_types=(AxisType.Auto,)
-  )
+  return Mesh(np.array(devices[:count]), ('data',), axis_types=(AxisType.Auto,))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
