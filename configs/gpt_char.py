@@ -32,7 +32,7 @@ def _default():
         'with_tied_output': True,
       },
       'optimizer': {
-        'learning_rate': 3e-3,
+        'learning_rate': 6e-3,
         'warmup_steps': 100,
         'final_fraction': 0.1,
         'weight_decay': 0.1,

@@ -20,17 +20,44 @@ class Linear(hk.Linear):
     return outputs.reshape(*inputs.shape[:-1], outputs.shape[-1])
 
 
-class LayerNorm(hk.LayerNorm):
-  """`hk.LayerNorm` over the last axis, computed in float32.
+class LayerNorm(hk.Module):
+  """Layer normalisation over the last axis (Ba et al. 2016), in float32.
 
-  Scale and offset are learned; the output has the dtype of the input.
+  Parameters are those of `hk.LayerNorm`: `scale` and `offset`, learned. The
+  output has the dtype of the input.
   """
 
-  def __init__(self, name: str | None = None):
-    super().__init__(axis=-1, create_scale=True, create_offset=True, name=name)
+  def __call__(self, x):
+    shape = x.shape[-1:]
+    scale = hk.get_parameter('scale', shape, x.dtype, jnp.ones)
+    offset = hk.get_parameter('offset', shape, x.dtype, jnp.zeros)
+    return (normalise(x.astype(jnp.float32)) * scale + offset).astype(x.dtype)
 
-  def __call__(self, inputs):
-    return super().__call__(inputs.astype(jnp.float32)).astype(inputs.dtype)
+
+_EPSILON = 1e-5
+
+
+def _normalise(x):
+  centred = x - x.mean(-1, keepdims=True)
+  variance = jnp.square(centred).mean(-1, keepdims=True)
+  inverse = jax.lax.rsqrt(variance + _EPSILON)
+  return centred * inverse, inverse
+
+
+@jax.custom_jvp
+def normalise(x: jax.Array) -> jax.Array:
+  """(x - mean) / √(variance + 1e-5) over the last axis."""
+  return _normalise(x)[0]
+
+
+@normalise.defjvp
+def _normalise_jvp(primals, tangents):
+  # Written out: it needs the output and one number a row, where the derivative
+  # of the formula keeps every intermediate result.
+  (x,), (dx,) = primals, tangents
+  y, inverse = _normalise(x)
+  along = (dx * y).mean(-1, keepdims=True)
+  return y, (dx - dx.mean(-1, keepdims=True) - y * along) * inverse
 
 
 def dropout(x: jax.Array, rate: float, is_training: bool) -> jax.Array:

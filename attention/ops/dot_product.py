@@ -27,20 +27,20 @@ _IMPLEMENTATIONS = {
 
 
 def dot_product_attention(
-  query: '...',
-  key: '...',
-  value: '...',
+  query,
+  key,
+  value,
   *,
-  bias: '...' = None,
-  mask: '...' = None,
+  bias=None,
+  mask=None,
   is_causal: bool = False,
   scale: float | None = None,
   logit_cap: float | None = None,
-  sinks: '...' = None,
+  sinks=None,
   dropout_rate: float = 0.0,
-  dropout_rng: '...' = None,
-  implementation: '...' = None,
-) -> '...':
+  dropout_rng=None,
+  implementation=None,
+):
   """softmax(query keyᵀ · scale + bias) value (Vaswani et al. 2017, eq. 1).
 
   The softmax and all sums are in float32. A query that may see no key returns
@@ -95,10 +95,11 @@ def dot_product_attention(
   raise NotImplementedError('; '.join(reasons))
 
 
-def explain(query: '...', key: '...', value: '...', **arguments) -> list:
+def explain(query, key, value, **arguments) -> list:
   """Which implementation serves a call, and why not the others.
 
-  Takes the arguments of `dot_product_attention`; computes nothing.
+  Takes the arguments of `dot_product_attention`, of which query, key and value
+  may be `jax.ShapeDtypeStruct`s; computes nothing.
 
   Returns:
     A list of (implementation, 'chosen', 'not needed' or why not).
@@ -107,22 +108,24 @@ def explain(query: '...', key: '...', value: '...', **arguments) -> list:
     ValueError: as `dot_product_attention`.
   """
   implementation = arguments.pop('implementation', None)
-  query, key, value, call = _check(query, key, value, **arguments)
-  told, is_chosen = [], False
+  told = []
   for name in _names(implementation):
-    if is_chosen:
+    if told and told[-1][1] in ('chosen', 'not needed'):
       told.append((name, 'not needed'))
       continue
+
+    def call(query, key, value, name=name):
+      return _IMPLEMENTATIONS[name](*_check(query, key, value, **arguments))
+
     try:
-      jax.eval_shape(_IMPLEMENTATIONS[name], query, key, value, call)
+      jax.eval_shape(call, query, key, value)
       told.append((name, 'chosen'))
-      is_chosen = True
     except NotImplementedError as reason:
       told.append((name, str(reason)))
   return told
 
 
-def self_attention(x: '...') -> '...':
+def self_attention(x):
   """softmax(x xᵀ) x: attention in its basic form, without parameters.
 
   Args:

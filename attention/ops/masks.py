@@ -1,7 +1,6 @@
 """Masks as descriptions: who may attend to whom, without the [q, k] array."""
 
 import dataclasses
-from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -157,18 +156,18 @@ class Mask:
   conditions: tuple
 
   @classmethod
-  def causal(cls, offset=0) -> Self:
+  def causal(cls, offset=0) -> 'Mask':
     """Query i sees keys j <= i + offset; offset: int or [*b] integers."""
     return cls((_Band(None, _int_or_array('offset', offset)),))
 
   @classmethod
-  def window(cls, left=None, right=None) -> Self:
+  def window(cls, left=None, right=None) -> 'Mask':
     """Query i sees keys i - left <= j <= i + right; None is no bound."""
     left, right = _int_or_array('left', left), _int_or_array('right', right)
     return cls((_Band(None if left is None else -left, right),))
 
   @classmethod
-  def lengths(cls, query_lengths=None, key_lengths=None) -> Self:
+  def lengths(cls, query_lengths=None, key_lengths=None) -> 'Mask':
     """Positions at and past the lengths are padding; int or [*b] integers."""
     return cls(
       (
@@ -180,7 +179,7 @@ class Mask:
     )
 
   @classmethod
-  def segments(cls, query_ids, key_ids=None) -> Self:
+  def segments(cls, query_ids, key_ids=None) -> 'Mask':
     """Positions see those of equal id; [*b, q] and [*b, k] (default: same)."""
     key_ids = query_ids if key_ids is None else key_ids
     for name, ids in (('query_ids', query_ids), ('key_ids', key_ids)):
@@ -191,12 +190,12 @@ class Mask:
     return cls((_Segments(_array(query_ids), _array(key_ids)),))
 
   @classmethod
-  def prefix(cls, lengths) -> Self:
+  def prefix(cls, lengths) -> 'Mask':
     """Keys before `lengths` (int, [*b]) are seen by all, others causally."""
     return cls((_Prefix(_int_or_array('lengths', lengths)),))
 
   @classmethod
-  def dense(cls, array) -> Self:
+  def dense(cls, array) -> 'Mask':
     """A boolean array, [q, k] or broadcastable to the logits [*b, h, q, k].
 
     Raises:

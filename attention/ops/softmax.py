@@ -6,7 +6,7 @@ import jax.numpy as jnp
 FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
-def stable_softmax(logits: '...', axis: int = -1) -> '...':
+def stable_softmax(logits, axis: int = -1):
   """exp(logits) / sum exp(logits), computed in float32.
 
   Jumper et al. 2021 compute attention's softmax this way under bfloat16, whose

@@ -1,15 +1,16 @@
 """The command line of train.py: --config, --workdir, --config.key=value."""
 
 import difflib
+import importlib.util
 import pathlib
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from attention.data.language import read_text
 
 
-def parse(argv: list[str]):
+def parse(argv: list[str]) -> tuple[ConfigDict, pathlib.Path]:
   """A config and a workdir from a command line.
 
   Args:
@@ -22,17 +23,26 @@ def parse(argv: list[str]):
     ValueError: in one line, what is wrong and what to do.
     OSError: a config file that can't be read.
   """
-  _check_words(argv)
-  # First alone, so that keys can be checked against what the file has.
-  alone = [argv[0], *(a for a in argv if a.startswith('--config='))]
-  _check_file(alone)
+  for word in argv[1:]:
+    _check_word(word)
+  files = [w for w in argv[1:] if w.startswith('--config=')]
+  if len(files) != 1:
+    raise ValueError(
+      f'--config: expected one config file, got {len(files)}; '
+      'for example --config=configs/gpt_char.py'
+    )
+  config = load_config(files[0].removeprefix('--config='))
+  for word in argv[1:]:
+    _check_key(word, config)
+
+  words = [word for word in argv if word not in files]
+  values = flags.FlagValues()
+  config_flags.DEFINE_config_dict(
+    'config', config, flag_values=values, sys_argv=words
+  )
+  flags.DEFINE_string('workdir', None, "For the run's files.", values)
   try:
-    known = _keys(_define(alone).config)
-    for word in argv[1:]:
-      key = word.split('=')[0].removeprefix('--config.')
-      if word.startswith('--config.') and key not in known:
-        raise ValueError(f'--config.{key}: no such key{_nearest(key, known)}')
-    values = _define(argv)
+    values(words)
   except flags.Error as error:
     raise ValueError(str(error)) from None
   if not values.workdir:
@@ -40,58 +50,65 @@ def parse(argv: list[str]):
       '--workdir: expected a folder for the run, got none; '
       'for example --workdir=runs/first'
     )
-  return values.config, pathlib.Path(values.workdir)
+  return config, pathlib.Path(values.workdir)
 
 
-def _define(argv) -> flags.FlagValues:
-  values = flags.FlagValues()
-  config_flags.DEFINE_config_file(
-    'config',
-    None,
-    'Config file, FILE or FILE:SIZE; --config.KEY=VALUE changes one key.',
-    flag_values=values,
-  )
-  flags.DEFINE_string(
-    'workdir', None, "Folder for the run's files.", flag_values=values
-  )
-  values(argv)
-  return values
+def load_config(name: str) -> ConfigDict:
+  """The config that `FILE` or `FILE:SIZE` names.
 
-
-def _check_words(argv):
-  for word in argv[1:]:
-    if not word.startswith('--'):
-      hint = (
-        f'; did you mean --{word}?'
-        if word.startswith('config')
-        else '; flags have the form --name=value'
-      )
-      raise ValueError(f'{word}: a leftover word{hint}')
-    if '=' not in word and word not in ('--help', '--helpfull'):
-      raise ValueError(f'{word}: expected {word}=VALUE')
-
-
-def _check_file(argv):
-  if len(argv) != 2:
-    raise ValueError(
-      f'--config: expected one config file, got {len(argv) - 1}; '
-      'for example --config=configs/gpt_char.py'
-    )
-  path = argv[1].removeprefix('--config=').split(':')[0]
-  text = read_text(path)
-  if 'def get_config' not in text:
+  Raises:
+    ValueError: the file is no config, or has no such size.
+    OSError: it can't be read.
+  """
+  path, *size = name.split(':', 1)
+  read_text(path)  # says what is wrong with the file, if anything
+  spec = importlib.util.spec_from_file_location('config', path)
+  if spec is None:
+    raise ValueError(f'{path}: expected a Python file, NAME.py')
+  module = importlib.util.module_from_spec(spec)
+  try:
+    spec.loader.exec_module(module)
+  except Exception as error:
+    raise ValueError(f'{path}: {type(error).__name__}: {error}') from error
+  if not hasattr(module, 'get_config'):
     raise ValueError(f'{path}: expected a function get_config, found none')
+  try:
+    config = module.get_config(*size)
+  except Exception as error:
+    raise ValueError(f'{path}: {type(error).__name__}: {error}') from error
+  if not isinstance(config, ConfigDict):
+    raise ValueError(
+      f'{path}: expected get_config to return a ConfigDict, got '
+      f'{type(config).__name__}'
+    )
+  return config
+
+
+def _check_word(word):
+  if not word.startswith('--'):
+    hint = (
+      f'; did you mean --{word}?'
+      if word.startswith('config')
+      else '; flags have the form --name=value'
+    )
+    raise ValueError(f'{word}: a leftover word{hint}')
+  if '=' not in word:
+    raise ValueError(f'{word}: expected {word}=VALUE')
+
+
+def _check_key(word, config):
+  key = word.split('=')[0].removeprefix('--config.')
+  known = _keys(config)
+  if word.startswith('--config.') and key not in known:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    hint = f'; did you mean --config.{near[0]}?' if near else ''
+    raise ValueError(f'--config.{key}: no such key{hint}')
 
 
 def _keys(config, prefix='') -> set[str]:
   found = set()
   for key, value in config.items():
     found.add(prefix + key)
-    if hasattr(value, 'items'):
+    if isinstance(value, ConfigDict):
       found |= _keys(value, f'{prefix}{key}.')
   return found
-
-
-def _nearest(key, known):
-  near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-  return f'; did you mean --config.{near[0]}?' if near else ''

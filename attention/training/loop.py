@@ -6,6 +6,7 @@ import pathlib
 import signal
 import threading
 import time
+from concurrent import futures
 
 import jax
 import numpy as np
@@ -82,25 +83,27 @@ def _run(config, workdir, task, optimizer, schedule, shapes, checkpoints):
       return jax.device_put(batch, sharding.batched(mesh))
 
     train_step = jax.jit(
-      step.make(task, optimizer, schedule, config.seed),
+      step.make(task, optimizer, schedule, config.seed, mesh),
       donate_argnums=0,
       out_shardings=everywhere,
     )
     like = abstract(shapes, everywhere)
     report.say('compiling …')
     clock = time.perf_counter()
-    compiled = train_step.lower(
-      like, place(task.batch(start)), np.int32(start)
-    ).compile()
+    lowered = train_step.lower(like, place(task.batch(start)), np.int32(start))
+    with futures.ThreadPoolExecutor() as pool:
+      compiling = pool.submit(lowered.compile)
+      if start:
+        state = checkpoints.restore(start, like)
+      else:
+        state = jax.jit(
+          lambda: step.init(task, optimizer, config.seed),
+          out_shardings=everywhere,
+        )()
+      compiled = compiling.result()
     report.say(f'compiled in {time.perf_counter() - clock:.1f} s')
     if start:
-      state = checkpoints.restore(start, like)
       report.say(f'resumed from step {start:,}')
-    else:
-      state = jax.jit(
-        lambda: step.init(task, optimizer, config.seed),
-        out_shardings=everywhere,
-      )()
     metrics = Metrics(workdir / 'metrics.jsonl', start)
     with contextlib.closing(metrics), _StopSignals() as signals:
       _loop(
@@ -145,7 +148,7 @@ def _loop(
     is_last = done == training.steps
     report.advance(done)
 
-    if done % training.log_every == 0 or is_last or n == span.start:
+    if done % training.log_every == 0 or is_last or done == 1:
       values = {k: float(v) for k, v in values.items()}
       seconds = watch.lap()
       values['train/tokens_per_second'] = (

@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 
@@ -20,3 +21,32 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batched(mesh: Mesh) -> NamedSharding:
   """Each device holds its share of the first axis."""
   return NamedSharding(mesh, PartitionSpec('data'))
+
+
+def data_parallel(function, mesh: Mesh):
+  """function(params, rng, batch), of whole batches, on shares of them.
+
+  Args:
+    function: gives a tree of means over the batch's first axis.
+    mesh: its axis 'data' shares the batch.
+
+  Returns:
+    The function of the whole batch: each device computes its share, with
+    random numbers of its own, and the means are averaged. They travel as one
+    vector: on CPU that saves a tenth of a small model's step.
+  """
+  if mesh.size == 1:
+    return function
+
+  def share(params, rng, batch):
+    rng = jax.random.fold_in(rng, jax.lax.axis_index('data'))
+    vector, restore = ravel_pytree(function(params, rng, batch))
+    return restore(jax.lax.pmean(vector, 'data'))
+
+  return jax.shard_map(
+    share,
+    mesh=mesh,
+    in_specs=(PartitionSpec(), PartitionSpec(), PartitionSpec('data')),
+    out_specs=PartitionSpec(),
+    check_vma=False,
+  )

@@ -3,6 +3,8 @@
 import jax
 import optax
 
+from attention.training import sharding
+
 
 def init(task, optimizer, seed: int):
   """The state that training starts with: parameters and optimizer."""
@@ -10,22 +12,23 @@ def init(task, optimizer, seed: int):
   return {'params': params, 'optimizer': optimizer.init(params)}
 
 
-def make(task, optimizer, schedule, seed: int):
+def make(task, optimizer, schedule, seed: int, mesh):
   """The function (state, batch, step) -> (state, metrics), not yet jitted.
 
-  `step` counts from 0. Its random numbers are a function of (seed, step), so
-  that a resumed run goes on exactly.
+  The devices of `mesh` share the batch. `step` counts from 0. Random numbers
+  are a function of (seed, step), so that a resumed run goes on exactly.
   """
+  gradients = sharding.data_parallel(jax.value_and_grad(task.loss), mesh)
 
   def train_step(state, batch, step):
     rng = jax.random.fold_in(jax.random.key(seed), step + 1)
-    loss, grads = jax.value_and_grad(task.loss)(state['params'], rng, batch)
+    loss, grads = gradients(state['params'], rng, batch)
     updates, opt_state = optimizer.update(
       grads, state['optimizer'], state['params']
     )
     metrics = {
       'train/loss': loss,
-      'train/grad_norm': optax.global_norm(grads),
+      'train/grad_norm': optax.tree.norm(grads),
       'train/learning_rate': schedule(step + 1),
     }
     params = optax.apply_updates(state['params'], updates)

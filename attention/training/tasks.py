@@ -136,7 +136,10 @@ class Language:
       raise ValueError('prompt: expected at least one symbol, got none')
     if num_tokens < 1:
       raise ValueError(f'num_tokens: expected 1 or more, got {num_tokens}')
-    tokens = self.vocabulary.encode(prompt)[None]
+    try:
+      tokens = self.vocabulary.encode(prompt)[None]
+    except ValueError as error:
+      raise ValueError(f'prompt: {error}') from None
     drawn = self._sample(
       params,
       tokens[:, -self.context_size :],

@@ -1,0 +1,187 @@
+"""Training steps of a small GPT: this library against PyTorch, on the CPU.
+
+  python benchmarks/train_gpt.py [--rounds=15] [--config=configs/gpt_char.py]
+
+Same sizes, same batches, AdamW and clipping by global norm on both sides.
+Peers: transformers' GPT2LMHeadModel, and a plain nn.Module over
+scaled_dot_product_attention. All take turns, some steps each, in one process;
+printed are medians of the rounds, and the median of the rounds' ratios.
+"""
+
+import argparse
+import statistics
+import time
+
+import jax
+import numpy as np
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from attention.training import flags, optimizers, sharding, step, tasks
+
+
+def ours(config):
+  """Our training step as a function of the step's number."""
+  task = tasks.create(config)
+  optimizer, schedule = optimizers.adamw(
+    steps=config.training.steps, **config.optimizer
+  )
+  mesh = sharding.make_mesh(task.batch_size)
+  everywhere = sharding.replicated(mesh)
+  train_step = jax.jit(
+    step.make(task, optimizer, schedule, config.seed, mesh),
+    donate_argnums=0,
+    out_shardings=everywhere,
+  )
+  state = jax.device_put(step.init(task, optimizer, config.seed), everywhere)
+
+  def run(n):
+    nonlocal state
+    batch = jax.device_put(task.batch(n), sharding.batched(mesh))
+    state, metrics = train_step(state, batch, np.int32(n))
+    return metrics['train/loss']
+
+  return task, run
+
+
+class Block(nn.Module):
+  def __init__(self, width, heads):
+    super().__init__()
+    self.heads = heads
+    self.norms = nn.ModuleList([nn.LayerNorm(width) for _ in range(2)])
+    self.qkv = nn.Linear(width, 3 * width)
+    self.linear = nn.Linear(width, width)
+    self.expand = nn.Linear(width, 4 * width)
+    self.contract = nn.Linear(4 * width, width)
+
+  def forward(self, x):
+    b, t, m = x.shape
+    qkv = self.qkv(self.norms[0](x)).view(b, t, 3, self.heads, -1)
+    query, key, value = qkv.permute(2, 0, 3, 1, 4)
+    y = nn.functional.scaled_dot_product_attention(
+      query, key, value, is_causal=True
+    )
+    x = x + self.linear(y.transpose(1, 2).reshape(b, t, m))
+    hidden = self.expand(self.norms[1](x))
+    return x + self.contract(nn.functional.gelu(hidden, approximate='tanh'))
+
+
+class Plain(nn.Module):
+  def __init__(self, vocab, model):
+    super().__init__()
+    width = model.model_size
+    self.tokens = nn.Embedding(vocab, width)
+    self.positions = nn.Parameter(torch.randn(model.context_size, width) * 0.02)
+    self.blocks = nn.Sequential(
+      *(Block(width, model.num_heads) for _ in range(model.num_layers))
+    )
+    self.norm = nn.LayerNorm(width)
+    nn.init.normal_(self.tokens.weight, std=0.02)
+
+  def forward(self, tokens):
+    x = self.blocks(self.tokens(tokens) + self.positions)
+    return self.norm(x) @ self.tokens.weight.T
+
+
+def gpt2(vocab, model):
+  config = transformers.GPT2Config(
+    vocab_size=vocab,
+    n_positions=model.context_size,
+    n_embd=model.model_size,
+    n_layer=model.num_layers,
+    n_head=model.num_heads,
+    resid_pdrop=0.0,
+    embd_pdrop=0.0,
+    attn_pdrop=0.0,
+    use_cache=False,
+  )
+  network = transformers.GPT2LMHeadModel(config)
+  return network, lambda tokens: network(tokens).logits
+
+
+def peer(task, config, network, forward):
+  """A PyTorch training step as a function of the step's number."""
+  settings = config.optimizer
+  decayed = [p for p in network.parameters() if p.ndim > 1]
+  others = [p for p in network.parameters() if p.ndim <= 1]
+  optimizer = torch.optim.AdamW(
+    [
+      {'params': decayed, 'weight_decay': settings.weight_decay},
+      {'params': others, 'weight_decay': 0.0},
+    ],
+    lr=settings.learning_rate,
+    betas=(settings.b1, settings.b2),
+    fused=True,
+  )
+
+  def run(n):
+    batch = {
+      k: torch.from_numpy(np.array(v, np.int64))
+      for k, v in task.batch(n).items()
+    }
+    optimizer.zero_grad(set_to_none=True)
+    logits = forward(batch['tokens'])
+    loss = nn.functional.cross_entropy(
+      logits.flatten(0, 1), batch['targets'].flatten()
+    )
+    loss.backward()
+    nn.utils.clip_grad_norm_(network.parameters(), settings.clip_norm)
+    optimizer.step()
+    return loss.item()
+
+  return run
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument('--rounds', type=int, default=15)
+  parser.add_argument('--steps', type=int, default=20, help='a round and peer')
+  parser.add_argument('--config', default='configs/gpt_char.py')
+  parser.add_argument('--data', default='', help='a text; default: as config')
+  arguments = parser.parse_args()
+  config = flags.load_config(arguments.config)
+  config.data.path = arguments.data
+  jax.config.update('jax_num_cpu_devices', config.training.cpu_devices)
+
+  task, run = ours(config)
+  vocab = task.vocabulary.size
+  plain = Plain(vocab, config.model)
+  contestants = {
+    'attention': run,
+    'PyTorch, plain module': peer(task, config, plain, plain),
+    'transformers, GPT2LMHeadModel': peer(
+      task, config, *gpt2(vocab, config.model)
+    ),
+  }
+  times = {name: [] for name in contestants}
+  for n in range(arguments.rounds + 1):  # the first one is to warm up
+    for name, advance in contestants.items():
+      start = time.perf_counter()
+      for i in range(arguments.steps):
+        loss = advance(n * arguments.steps + i)
+      float(loss)
+      seconds = (time.perf_counter() - start) / arguments.steps
+      if n:
+        times[name].append(seconds)
+
+  tokens = task.tokens_per_step
+  table = Table('', 'ms a step', 'tokens/s', 'time over ours')
+  for name, seconds in times.items():
+    median = statistics.median(seconds)
+    ratios = [a / b for a, b in zip(seconds, times['attention'], strict=True)]
+    table.add_row(
+      name,
+      f'{median * 1e3:.1f}',
+      f'{tokens / median:,.0f}',
+      f'{statistics.median(ratios):.2f}',
+    )
+  versions = f'jax {jax.__version__}, torch {torch.__version__}'
+  table.caption = f'{versions}, {torch.get_num_threads()} threads'
+  Console().print(table)
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,42 @@
+"""What all tests share."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+# How far results may be from the truth, by dtype: relative to the largest
+# value that is compared.
+_TOLERANCES = {'float32': 2e-5, 'bfloat16': 2e-2, 'float16': 4e-3}
+
+
+@pytest.fixture
+def assert_close():
+  """assert_close(actual, expected, dtype=…): in tolerance, finite, in shape."""
+
+  def check(actual, expected, dtype=None, scale=1.0):
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    dtype = jnp.dtype(dtype or actual.dtype).name
+    assert actual.shape == expected.shape
+    actual = actual.astype(np.float64)
+    expected = expected.astype(np.float64)
+    assert np.isfinite(actual).all()
+    largest = max(np.abs(expected).max(initial=0), 1e-3)
+    error = np.abs(actual - expected).max(initial=0) / largest
+    assert error <= _TOLERANCES[dtype] * scale
+
+  return check
+
+
+@pytest.fixture
+def arrays():
+  """arrays(shape, …): normal float32 arrays, the same in every test run."""
+
+  def make(*shapes, dtype=jnp.float32, seed=0):
+    keys = jax.random.split(jax.random.key(seed), len(shapes))
+    return [
+      jax.random.normal(k, s).astype(dtype)
+      for k, s in zip(keys, shapes, strict=True)
+    ]
+
+  return make

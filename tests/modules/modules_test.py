@@ -1,0 +1,133 @@
+"""The contract of every module: one list of descriptions drives all checks."""
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import attention
+from attention.modules.layers import LayerNorm, Linear
+
+B, T, K, M, C = 3, 5, 7, 12, 10
+
+# name: (module, shapes of its inputs, paths of its parameters)
+_QKV = {f'{n}/{p}' for n in ('query', 'key', 'value', 'linear') for p in 'wb'}
+_BLOCK = (
+  {f'attention/{path}' for path in _QKV}
+  | {
+    f'{name}_norm/{p}'
+    for name in ('attention', 'feed_forward')
+    for p in ('scale', 'offset')
+  }
+  | {f'{name}/{p}' for name in ('expand', 'contract') for p in 'wb'}
+)
+_CROSS = (
+  _BLOCK
+  | {f'cross_attention/{path}' for path in _QKV}
+  | {
+    'cross_attention_norm/scale',
+    'cross_attention_norm/offset',
+  }
+)
+MODULES = {
+  'linear': (lambda: Linear(11), [(B, T, M)], {'w', 'b'}),
+  'layer_norm': (lambda: LayerNorm(), [(B, T, M)], {'scale', 'offset'}),
+  'multi_head': (
+    lambda: attention.MultiHeadAttention(num_heads=3),
+    [(B, T, M)],
+    _QKV,
+  ),
+  'multi_head_cross': (
+    lambda: attention.MultiHeadAttention(
+      num_heads=6, num_kv_heads=2, key_size=11, value_size=13, model_size=17
+    ),
+    [(B, T, M), (B, K, C)],
+    _QKV,
+  ),
+  'multi_head_fused': (
+    lambda: attention.MultiHeadAttention(
+      num_heads=2, fused_qkv=True, with_bias=False, with_output_bias=False
+    ),
+    [(B, T, M)],
+    {'qkv/w', 'linear/w'},
+  ),
+  'block_pre': (
+    lambda: attention.TransformerBlock(num_heads=3),
+    [(B, T, M)],
+    _BLOCK,
+  ),
+  'block_post_cross': (
+    lambda: attention.TransformerBlock(
+      num_heads=3, norm='post', activation='relu', hidden_size=17
+    ),
+    [(B, T, M), (B, K, C)],
+    _CROSS,
+  ),
+}
+_each = pytest.mark.parametrize('name', MODULES)
+
+
+def _build(name, arrays, dtype=jnp.float32):
+  make, shapes, paths = MODULES[name]
+  model = hk.without_apply_rng(hk.transform(lambda *x: make()(*x)))
+  inputs = arrays(*shapes, dtype=dtype)
+  return model, model.init(jax.random.key(0), *inputs), inputs, paths
+
+
+@_each
+def test_parameters_have_their_names(name, arrays):
+  _, params, _, paths = _build(name, arrays)
+  found = {
+    '/'.join([*module.split('/')[1:], leaf])
+    for module, leaf, _ in hk.data_structures.traverse(params)
+  }
+  assert found == paths
+
+
+@_each
+def test_jit_is_eager(name, arrays, assert_close):
+  model, params, inputs, _ = _build(name, arrays)
+  expected = model.apply(params, *inputs)
+  assert_close(jax.jit(model.apply)(params, *inputs), expected)
+
+
+@_each
+def test_vmap_is_the_batch(name, arrays, assert_close):
+  model, params, inputs, _ = _build(name, arrays)
+  expected = model.apply(params, *inputs)
+  mapped = jax.vmap(model.apply, (None, *(0 for _ in inputs)))
+  assert_close(mapped(params, *inputs), expected)
+
+
+@_each
+def test_leading_axes_are_free(name, arrays, assert_close):
+  model, params, inputs, _ = _build(name, arrays)
+  expected = model.apply(params, *inputs)
+  split = [x.reshape(1, B, 1, *x.shape[1:]) for x in inputs]
+  actual = model.apply(params, *split)
+  assert_close(actual.reshape(expected.shape), expected)
+
+
+@_each
+def test_bfloat16_in_bfloat16_out_and_near(name, arrays, assert_close):
+  model, params, inputs, _ = _build(name, arrays, jnp.bfloat16)
+  half = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
+  actual = model.apply(half, *inputs)
+  assert actual.dtype == jnp.bfloat16
+  exact = model.apply(params, *(x.astype(jnp.float32) for x in inputs))
+  assert_close(actual, exact, scale=2)
+
+
+@_each
+def test_every_parameter_gets_a_gradient(name, arrays):
+  model, params, inputs, _ = _build(name, arrays)
+  (cotangent,) = arrays(model.apply(params, *inputs).shape, seed=1)
+  grads = jax.grad(lambda p: (model.apply(p, *inputs) * cotangent).sum())(
+    params
+  )
+  for module, leaf, grad in hk.data_structures.traverse(grads):
+    assert np.isfinite(grad).all()
+    # The same number added to all of a query's logits changes nothing.
+    if not (module.endswith('key') and leaf == 'b'):
+      assert np.abs(grad).max() > 1e-6, f'{module}/{leaf}'

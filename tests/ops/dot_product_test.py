@@ -1,0 +1,287 @@
+"""The contract of `dot_product_attention`, for every implementation."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import attention
+from attention import Mask
+
+B, Q, K, H, G, D, E = 3, 5, 7, 6, 2, 11, 13
+
+
+def _exact(query, key, value, *, bias=0.0, mask=True, scale=None, cap=None):
+  """The formula in float64 NumPy, a head at a time."""
+  query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
+  heads, groups = query.shape[-2], key.shape[-2]
+  key = np.repeat(key, heads // groups, axis=-2)
+  value = np.repeat(value, heads // groups, axis=-2)
+  scale = query.shape[-1] ** -0.5 if scale is None else scale
+  logits = np.einsum('...qhd,...khd->...hqk', query, key) * scale
+  if cap is not None:
+    logits = cap * np.tanh(logits / cap)
+  logits = logits + np.asarray(bias, np.float64)
+  mask = np.broadcast_to(mask, logits.shape)
+  top = np.max(logits, axis=-1, keepdims=True)
+  exp = np.exp(logits - top) * mask
+  total = exp.sum(-1, keepdims=True)
+  weights = np.divide(exp, total, out=np.zeros_like(exp), where=total > 0)
+  return np.einsum('...hqk,...khe->...qhe', weights, value)
+
+
+@pytest.fixture
+def qkv(arrays):
+  return arrays((B, Q, H, D), (B, K, G, D), (B, K, G, E))
+
+
+class Contract:
+  """What every implementation must do."""
+
+  implementation: str
+
+  def attend(self, *args, **kwargs):
+    return attention.dot_product_attention(
+      *args, implementation=self.implementation, **kwargs
+    )
+
+  def test_plain_call_is_the_formula(self, qkv, assert_close):
+    assert_close(self.attend(*qkv), _exact(*qkv))
+
+  @pytest.mark.parametrize('scale', [0.3, 2.0])
+  def test_scale_multiplies_the_logits(self, qkv, assert_close, scale):
+    assert_close(self.attend(*qkv, scale=scale), _exact(*qkv, scale=scale))
+
+  @pytest.mark.parametrize(
+    'shape', [(H, Q, K), (B, H, Q, K), (B, 1, 1, K), (1, H, Q, 1), (1, 1, 1, 1)]
+  )
+  def test_bias_is_added(self, qkv, arrays, assert_close, shape):
+    (bias,) = arrays(shape, seed=1)
+    assert_close(self.attend(*qkv, bias=bias), _exact(*qkv, bias=bias))
+
+  def test_causal_joins_the_mask_by_and(self, qkv, assert_close):
+    mask = np.arange(K) != 2
+    actual = self.attend(*qkv, mask=mask[None], is_causal=True)
+    causal = np.arange(K) <= np.arange(Q)[:, None]
+    assert_close(actual, _exact(*qkv, mask=mask & causal))
+
+  def test_mask_arrays_of_two_and_four_axes(self, qkv, assert_close):
+    mask = np.random.default_rng(0).random((B, 1, Q, K)) < 0.6
+    mask[..., 0] = True
+    assert_close(self.attend(*qkv, mask=mask), _exact(*qkv, mask=mask))
+    assert_close(
+      self.attend(*qkv, mask=mask[0, 0]), _exact(*qkv, mask=mask[0, 0])
+    )
+
+  def test_logit_cap_comes_before_the_bias(self, qkv, arrays, assert_close):
+    (bias,) = arrays((H, Q, K), seed=1)
+    actual = self.attend(*qkv, bias=bias, logit_cap=0.7)
+    assert_close(actual, _exact(*qkv, bias=bias, cap=0.7))
+
+  def test_sinks_take_weight_and_give_no_value(self, qkv, arrays, assert_close):
+    (sinks,) = arrays((H,), seed=1)
+    query, key, value = (np.asarray(x) for x in qkv)
+    # A sink is a key of one more position, with that logit and value 0.
+    pad = ((0, 0), (0, 1), (0, 0), (0, 0))
+    bias = np.zeros((H, Q, K + 1))
+    bias[..., -1] = np.asarray(sinks)[:, None]
+    expected = _exact(query, np.pad(key, pad), np.pad(value, pad), bias=bias)
+    assert_close(self.attend(*qkv, sinks=sinks), expected)
+
+  @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16, jnp.float16])
+  def test_a_query_that_sees_nothing_gives_zeros(self, qkv, dtype):
+    qkv = [x.astype(dtype) for x in qkv]
+    mask = Mask.lengths(key_lengths=np.array([0, 3, K])) & Mask.causal(-1)
+    output, vjp = jax.vjp(lambda *a: self.attend(*a, mask=mask), *qkv)
+    assert output.dtype == dtype
+    assert not np.asarray(output[0], float).any()
+    assert not np.asarray(output[:, 0], float).any()
+    assert np.asarray(output[1, 1], float).all()
+    dq, dk, dv = vjp(jnp.ones_like(output))
+    for grad in (dq, dk, dv):
+      assert np.isfinite(np.asarray(grad, float)).all()
+      assert not np.asarray(grad[0], float).any()
+    assert not np.asarray(dq[:, 0], float).any()
+
+  @pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16])
+  def test_half_precision_is_near_the_truth(self, qkv, dtype, assert_close):
+    qkv = [x.astype(dtype) for x in qkv]
+    output = self.attend(*qkv, is_causal=True)
+    causal = np.arange(K) <= np.arange(Q)[:, None]
+    assert output.dtype == dtype
+    assert_close(output, _exact(*qkv, mask=causal))
+
+  @pytest.mark.parametrize('batch', [(), (2,), (2, 1, 3)])
+  def test_any_number_of_leading_axes(self, arrays, assert_close, batch):
+    qkv = arrays((*batch, Q, H, D), (*batch, K, G, D), (*batch, K, G, E))
+    assert_close(self.attend(*qkv), _exact(*qkv))
+
+  def test_vmap_is_the_batch(self, qkv, assert_close):
+    assert_close(jax.vmap(self.attend)(*qkv), self.attend(*qkv))
+
+  def test_jit_is_eager(self, qkv, assert_close):
+    assert_close(jax.jit(self.attend)(*qkv), self.attend(*qkv))
+
+  def test_no_gradient_comes_from_the_future(self, arrays):
+    query, key, value = arrays((5, 1, 3), (5, 1, 3), (5, 1, 3))
+
+    def early(key, value):
+      return self.attend(query, key, value, is_causal=True)[:3].sum()
+
+    for grad in jax.grad(early, (0, 1))(key, value):
+      assert np.asarray(grad[:3]).any()
+      assert not np.asarray(grad[3:]).any()
+
+  def test_dropout_keeps_the_mean_and_the_seed(self, qkv, assert_close):
+    def drop(seed):
+      return self.attend(
+        *qkv, dropout_rate=0.4, dropout_rng=jax.random.key(seed)
+      )
+
+    assert_close(drop(1), drop(1))
+    assert np.abs(drop(1) - drop(2)).max() > 0.1
+    mean = jnp.stack([drop(i) for i in range(300)]).mean(0)
+    assert np.abs(mean - self.attend(*qkv)).max() < 0.25
+
+  def test_dropout_zeroes_that_share_of_the_weights(self):
+    n = 200
+    eye = jnp.eye(n)[:, None]
+    weights = self.attend(
+      jnp.zeros((n, 1, 4)),
+      jnp.zeros((n, 1, 4)),
+      eye,
+      dropout_rate=0.3,
+      dropout_rng=jax.random.key(0),
+    )[:, 0]
+    kept = weights > 0
+    assert abs(kept.mean() - 0.7) < 0.02
+    # Neither rows nor columns are dropped together.
+    assert np.abs(kept.mean(0) - 0.7).max() < 0.2
+    assert np.abs(kept.mean(1) - 0.7).max() < 0.2
+    np.testing.assert_allclose(weights[kept], 1 / n / 0.7, rtol=1e-5)
+
+
+class TestReference(Contract):
+  implementation = 'reference'
+
+
+def test_default_is_among_the_known_ones(qkv, assert_close):
+  assert_close(attention.dot_product_attention(*qkv), _exact(*qkv))
+
+
+def test_explain_names_one_as_chosen_and_says_why_not_fused(qkv):
+  told = dict(attention.explain(*qkv, is_causal=True))
+  assert list(told.values()).count('chosen') == 1
+  assert 'no fused kernel' in told['fused']
+
+
+def test_explain_takes_shapes():
+  x = jax.ShapeDtypeStruct((2, 64, 4, 32), jnp.bfloat16)
+  told = attention.explain(x, x, x, implementation='reference')
+  assert told == [('reference', 'chosen')]
+
+
+def test_fused_by_name_says_why_it_cannot(qkv):
+  with pytest.raises(NotImplementedError, match="fused: .*platform 'cpu'"):
+    attention.dot_product_attention(*qkv, implementation='fused')
+
+
+def test_a_sequence_of_implementations_falls_through(qkv, assert_close):
+  output = attention.dot_product_attention(
+    *qkv, implementation=('fused', 'reference')
+  )
+  assert_close(output, _exact(*qkv))
+
+
+_MISTAKES = {
+  'rank': (
+    dict(query=(5, 4)),
+    {},
+    r'query: expected \[\*b, q, h, d\].*\(5, 4\)',
+  ),
+  'key_rank': (dict(key=(K, G, D)), {}, 'key: expected .* rank of query'),
+  'batch': (dict(key=(B + 1, K, G, D)), {}, 'key: expected the leading axes'),
+  'heads': (
+    dict(key=(B, K, 4, D), value=(B, K, 4, E)),
+    {},
+    r"key: expected a number of heads that divides query's 6, got 4",
+  ),
+  'value_heads': (dict(value=(B, K, 1, E)), {}, 'value: expected 2 heads'),
+  'channels': (dict(key=(B, K, G, 9)), {}, 'key: expected 11 channels'),
+  'lengths': (dict(value=(B, 8, G, E)), {}, 'value: expected 7 positions'),
+  'float_mask': (
+    {},
+    dict(mask=np.zeros((Q, K))),
+    'mask: expected a boolean array.*float64.*bias=',
+  ),
+  'mask_rank': (
+    {},
+    dict(mask=np.ones((B, Q, K), bool)),
+    r'mask: expected \[q, k\] or rank 4.*mask\[..., None, :, :\]',
+  ),
+  'mask_shape': ({}, dict(mask=np.ones((Q, K + 1), bool)), 'mask: .*broadcast'),
+  'bias_rank': (
+    {},
+    dict(bias=np.ones((Q, K), 'f')),
+    r'bias: .*\[h, q, k',
+  ),
+  'bias_shape': (
+    {},
+    dict(bias=np.ones((H - 1, Q, K), 'f')),
+    r'bias: expected a shape broadcastable.*\(5, 5, 7\)',
+  ),
+  'bias_bool': (
+    {},
+    dict(bias=np.ones((H, Q, K), bool)),
+    'go to mask=',
+  ),
+  'dropout': ({}, dict(dropout_rate=0.1), 'dropout_rng: expected a key'),
+  'dropout_rate': (
+    {},
+    dict(dropout_rate=1.0),
+    r'dropout_rate: .*\[0, 1',
+  ),
+  'sinks': (
+    {},
+    dict(sinks=np.ones(H + 1, 'f')),
+    r'sinks: .*\(6,\).*\(7,\)',
+  ),
+  'cap': ({}, dict(logit_cap=0.0), 'logit_cap: expected a positive'),
+  'implementation': (
+    {},
+    dict(implementation='flash'),
+    r"implementation: expected one of \[.*'reference'.*\], got 'flash'",
+  ),
+}
+
+
+@pytest.mark.parametrize('name', _MISTAKES)
+def test_a_mistake_is_answered_with_what_was_expected(name):
+  changed, arguments, message = _MISTAKES[name]
+  shapes = dict(query=(B, Q, H, D), key=(B, K, G, D), value=(B, K, G, E))
+  inputs = {n: np.ones(s, 'f') for n, s in (shapes | changed).items()}
+  with pytest.raises(ValueError, match=message):
+    attention.dot_product_attention(**inputs, **arguments)
+
+
+@pytest.mark.parametrize('name', ['query', 'key', 'value'])
+def test_integers_are_refused(qkv, name):
+  inputs = dict(zip(('query', 'key', 'value'), qkv, strict=True))
+  inputs[name] = inputs[name].astype(int)
+  with pytest.raises(ValueError, match=f'{name}: expected float32.*int32'):
+    attention.dot_product_attention(**inputs)
+
+
+def test_self_attention_is_softmax_of_the_products(arrays, assert_close):
+  (x,) = arrays((3, 5, 7))
+  exact = np.asarray(x, np.float64)
+  logits = exact @ exact.transpose(0, 2, 1)
+  weights = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+  assert_close(attention.self_attention(x), weights @ exact)
+
+
+def test_self_attention_refuses_vectors_and_ints():
+  with pytest.raises(ValueError, match=r'x: expected \[\*b, t, m\]'):
+    attention.self_attention(jnp.ones(3))
+  with pytest.raises(ValueError, match='x: expected float32'):
+    attention.self_attention(jnp.ones((3, 3), int))

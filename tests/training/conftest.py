@@ -1,0 +1,56 @@
+"""Runs at :debug on a small text, in this process or in one of their own."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from attention.training import flags
+
+_ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture
+def text(tmp_path):
+  path = tmp_path / 'text.txt'
+  path.write_text('the quick brown fox jumps over the lazy dog.\n' * 60)
+  return path
+
+
+@pytest.fixture
+def config(text):
+  """config(size='debug', **{'training.steps': 7}): gpt_char on that text."""
+
+  def make(name='gpt_char', size='debug', **changes):
+    path = _ROOT / 'configs' / f'{name}.py'
+    config = flags.load_config(f'{path}:{size}')
+    config.data.path = str(text)
+    config.update_from_flattened_dict(changes)
+    return config
+
+  return make
+
+
+@pytest.fixture
+def python():
+  """python(*words): starts `python *words` in the repository."""
+  processes = []
+
+  def start(*words):
+    process = subprocess.Popen(
+      [sys.executable, *map(str, words)],
+      cwd=_ROOT,
+      env={**os.environ, 'PYTHONUNBUFFERED': '1'},
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    processes.append(process)
+    return process
+
+  yield start
+  for process in processes:
+    process.kill()
+    process.communicate()

@@ -1,0 +1,235 @@
+"""Runs: they learn, stop, go on to the same bytes, and say so."""
+
+import json
+import signal
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from attention import __main__ as command_line
+from attention.training import loop, metrics, optimizers, records, step, tasks
+from attention.training.checkpoints import Checkpoints, abstract
+
+
+def _state(workdir):
+  """The newest checkpoint as a flat dict of arrays, and its step."""
+  config = records.load_config(workdir)
+  task = tasks.load(config, workdir)
+  optimizer, _ = optimizers.adamw(
+    steps=config.training.steps, **config.optimizer
+  )
+  shapes = jax.eval_shape(lambda: step.init(task, optimizer, config.seed))
+  checkpoints = Checkpoints(workdir / 'checkpoints')
+  newest = checkpoints.latest_step()
+  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  state = checkpoints.restore(newest, abstract(shapes, device))
+  return newest, {
+    jax.tree_util.keystr(path): np.asarray(leaf)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+  }
+
+
+def _figures(workdir):
+  """What a run measured, but for times."""
+  return [
+    {k: v for k, v in line.items() if 'second' not in k}
+    for line in metrics.read(workdir / 'metrics.jsonl')
+  ]
+
+
+def _assert_same_run(one, two):
+  (step_one, state_one), (step_two, state_two) = _state(one), _state(two)
+  assert step_one == step_two
+  assert state_one.keys() == state_two.keys()
+  for path, leaf in state_one.items():
+    assert leaf.tobytes() == state_two[path].tobytes(), path
+  assert _figures(one) == _figures(two)
+
+
+def test_a_run_learns_and_leaves_its_files(config, tmp_path, capsys):
+  workdir = tmp_path / 'run'
+  loop.train(config(**{'optimizer.learning_rate': 1e-2}), workdir)
+  lines = metrics.read(workdir / 'metrics.jsonl')
+  assert [x['step'] for x in lines if 'train/loss' in x] == [
+    1, 5, 10, 15, 20, 25, 30
+  ]  # fmt: skip
+  losses = [x['eval/loss'] for x in lines if 'eval/loss' in x]
+  assert len(losses) == 2
+  assert losses[1] < losses[0] < np.log(29)
+  assert json.loads((workdir / 'env.json').read_text())['backend'] == 'cpu'
+  assert (workdir / 'plots' / 'loss.png').read_bytes().startswith(b'\x89PNG')
+  assert len((workdir / 'samples' / '00000030.txt').read_text()) == 201
+  assert sorted(p.name for p in (workdir / 'checkpoints').iterdir()) == [
+    '10', '20', '30'
+  ]  # fmt: skip
+  said = capsys.readouterr().out
+  for word in ('backend', 'parameters', 'data', 'sha256', 'compiling'):
+    assert word in said
+  assert 'step 30/30  loss' in said
+
+
+def test_a_run_that_ended_says_so_and_changes_nothing(config, tmp_path, capsys):
+  settings = config(**{'training.steps': 4})
+  loop.train(settings, tmp_path / 'run')
+  before = (tmp_path / 'run' / 'metrics.jsonl').read_bytes()
+  capsys.readouterr()
+  loop.train(settings, tmp_path / 'run')
+  said = capsys.readouterr().out
+  assert 'ended at step 4' in said
+  assert '--config.training.steps' in said
+  assert 'compil' not in said
+  assert (tmp_path / 'run' / 'metrics.jsonl').read_bytes() == before
+
+
+def test_more_steps_go_on_and_the_schedule_follows(config, tmp_path, capsys):
+  loop.train(config(**{'training.steps': 10}), tmp_path / 'run')
+  loop.train(config(**{'training.steps': 14}), tmp_path / 'run')
+  said = capsys.readouterr().out
+  assert 'steps: 10 → 14; the schedule follows' in said
+  assert 'resumed from step 10' in said
+  lines = metrics.read(tmp_path / 'run' / 'metrics.jsonl')
+  assert lines[-1]['step'] == 14
+
+
+def test_the_loss_is_the_models_and_padding_is_not_counted(config, tmp_path):
+  settings = config()
+  task = tasks.create(settings)
+  params = task.init(jax.random.key(0))
+  tokens = task.data.validation
+  total = 0.0
+  for start in range(0, len(tokens) - 1, 16):
+    part = tokens[start : start + 17]
+    logits = np.asarray(task.apply(params, part[None, :-1]), np.float64)[0]
+    logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
+    total -= logits[np.arange(len(part) - 1), part[1:]].sum()
+  expected = total / (len(tokens) - 1)
+  actual = task.evaluate(params, jax.device_put)['eval/loss']
+  assert abs(actual - expected) < 1e-5
+
+
+def test_weights_decay_and_biases_do_not():
+  optimizer, schedule = optimizers.adamw(
+    steps=10, learning_rate=0.1, warmup_steps=2, weight_decay=0.5
+  )
+  params = {'w': np.ones((2, 2), 'f'), 'b': np.ones(2, 'f')}
+  zeros = jax.tree.map(np.zeros_like, params)
+  updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+  np.testing.assert_allclose(updates['w'], -0.05 * 0.5, rtol=1e-6)
+  assert not updates['b'].any()
+  rates = [float(schedule(n)) for n in (1, 2, 10)]
+  np.testing.assert_allclose(rates, [0.05, 0.1, 0.01], rtol=1e-6)
+
+
+def _wait(condition, process, seconds=120):
+  end = time.monotonic() + seconds
+  while not condition():
+    assert process.poll() is None, process.communicate()
+    assert time.monotonic() < end, 'took too long'
+    time.sleep(0.01)
+
+
+@pytest.fixture
+def long_run(config, text, tmp_path, python):
+  """Starts train.py for 400 steps in a workdir of that name."""
+
+  def start(name):
+    return python(
+      'train.py',
+      '--config=configs/gpt_char.py:debug',
+      f'--config.data.path={text}',
+      f'--workdir={tmp_path / name}',
+      '--config.training.steps=400',
+      '--config.training.checkpoint_every=70',
+      '--config.training.eval_every=150',
+    )
+
+  return start
+
+
+def _has_checkpoint(workdir):
+  return any(p.name.isdigit() for p in workdir.glob('checkpoints/*'))
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(long_run, tmp_path):
+  whole = long_run('whole')
+  error = whole.communicate(timeout=200)[1]
+  assert whole.returncode == 0, error
+  killed, workdir = long_run('killed'), tmp_path / 'killed'
+  _wait(lambda: _has_checkpoint(workdir), killed)
+  killed.send_signal(signal.SIGKILL)
+  assert killed.wait() == -signal.SIGKILL
+  assert _figures(workdir)[-1]['step'] < 400
+  resumed = long_run('killed')
+  said, error = resumed.communicate(timeout=200)
+  assert resumed.returncode == 0, error
+  assert 'resumed from step' in said
+  _assert_same_run(tmp_path / 'whole', workdir)
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_saves_and_says_how_to_go_on(long_run, tmp_path, number):
+  stopped, workdir = long_run('stopped'), tmp_path / 'stopped'
+  _wait(lambda: len(metrics.read(workdir / 'metrics.jsonl')) > 3, stopped)
+  stopped.send_signal(number)
+  said, error = stopped.communicate(timeout=100)
+  assert stopped.returncode == 0, error
+  assert 'the same command goes on' in said
+  reached = _state(workdir)[0]
+  assert _figures(workdir)[-1]['step'] <= reached < 400
+
+
+def test_metrics_after_the_restored_step_are_removed(tmp_path):
+  path = tmp_path / 'metrics.jsonl'
+  path.write_text(
+    '{"step": 1, "train/loss": 3.0}\n{"step": 5, "train/loss": 2.0}\n'
+    '{"step": 9, "train/loss": 1.0}\n{"step": 10, "tra'
+  )
+  log = metrics.Metrics(path, step=5)
+  log.write(6, {'train/loss': np.float32(0.5)})
+  log.close()
+  assert metrics.read(path) == [
+    {'step': 1, 'train/loss': 3.0},
+    {'step': 5, 'train/loss': 2.0},
+    {'step': 6, 'train/loss': 0.5},
+  ]
+
+
+def test_sample_continues_the_prompt(config, tmp_path, capsys):
+  workdir = tmp_path / 'run'
+  loop.train(config(**{'training.steps': 3}), workdir)
+  capsys.readouterr()
+  words = ['sample', f'--workdir={workdir}', '--num_tokens=11', '--top_k=3']
+  assert command_line.main([*words, '--prompt=the lazy']) == 0
+  first = capsys.readouterr().out
+  assert first.startswith('the lazy')
+  assert len(first) == len('the lazy') + 11 + 1
+  assert command_line.main([*words, '--prompt=the lazy', '--seed=0']) == 0
+  assert capsys.readouterr().out == first
+  # A prompt longer than the context: its end is what counts.
+  assert command_line.main([*words, '--prompt=' + 'the fox ' * 9]) == 0
+  for prompt, message in (('A?', "prompt: symbols '?A'"), ('', 'prompt: exp')):
+    assert command_line.main([*words, f'--prompt={prompt}']) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_sample_needs_a_run_with_a_checkpoint(config, tmp_path, capsys):
+  words = ['sample', f'--workdir={tmp_path / "run"}']
+  assert command_line.main(words) == 2
+  assert 'no run here' in capsys.readouterr().err
+  loop.train(config(**{'training.steps': 1}), tmp_path / 'run')
+  (tmp_path / 'run' / 'checkpoints').rename(tmp_path / 'elsewhere')
+  capsys.readouterr()
+  assert command_line.main(words) == 2
+  error = capsys.readouterr().err
+  assert 'no checkpoint' in error
+  assert error.count('\n') == 1
+
+
+def test_doctor_tells_versions_devices_and_implementations(capsys):
+  assert command_line.main(['doctor']) == 0
+  said = capsys.readouterr().out
+  assert jax.__version__ in said
+  assert 'cpu' in said
+  assert said.count('chosen') == 2

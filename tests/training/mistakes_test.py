@@ -1,0 +1,111 @@
+"""Each mistake is answered in one line, with status 2, nothing compiled."""
+
+import jax
+import pytest
+
+from attention.training import loop
+from attention.training import main as training_main
+
+_CONFIG = 'configs/gpt_char.py:debug'
+# name: (words after --config=…, what the line says); {tmp} is a folder.
+_MISTAKES = {
+  'unknown_key': (
+    ['--config.model.num_layer=4'],
+    '--config.model.num_layer: no such key; did you mean '
+    '--config.model.num_layers?',
+  ),
+  'no_dashes': (
+    ['config.model.num_layers=4'],
+    'config.model.num_layers=4: a leftover word; did you mean '
+    '--config.model.num_layers=4?',
+  ),
+  'leftover': (['again'], 'again: a leftover word'),
+  'no_value': (['--config.model.num_layers'], 'expected --config.model.num_'),
+  'wrong_type': (['--config.model.num_layers=four'], 'num_layers=four'),
+  'unknown_flag': (['--workdri=x'], "Unknown command line flag 'workdri'"),
+  'no_data': (['--config.data.path={tmp}/no.txt'], 'no.txt: No such file'),
+  'data_folder': (['--config.data.path={tmp}'], 'Is a directory'),
+  'empty_data': (['--config.data.path={tmp}/empty'], 'empty: the file is empt'),
+  'not_utf8': (['--config.data.path={tmp}/latin'], 'not UTF-8 at byte 1 (0xe9'),
+  'short': (['--config.data.path={tmp}/short'], 'too few for context_size=16'),
+  'heads': (
+    ['--config.model.num_heads=3'],
+    'num_heads: expected a divisor of model_size=16, got 3',
+  ),
+  'steps': (['--config.training.steps=0'], 'training.steps: expected 1 or mor'),
+  'rate': (['--config.optimizer.learning_rate=-1'], 'optimizer.learning_rate'),
+  'task': (['--config.task=langauge'], "task: expected one of ['language']"),
+  'workdir_file': (['--workdir={tmp}/short'], 'expected a folder, got a file'),
+}
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, text, capsys):
+  """run(*words) -> (status, what was said on standard error)."""
+  (tmp_path / 'empty').write_bytes(b'')
+  (tmp_path / 'latin').write_bytes('déjà vu'.encode('latin-1') * 100)
+  (tmp_path / 'short').write_text('abc')
+
+  def compiled(*_):
+    raise AssertionError('got as far as running')
+
+  monkeypatch.setattr(loop, '_run', compiled)
+  monkeypatch.setattr(training_main, 'set_up_jax', lambda *_: None)
+
+  def run(*words):
+    before = jax.config.jax_compilation_cache_dir
+    words = [word.format(tmp=tmp_path) for word in words]
+    status = training_main.main(['train.py', *words])
+    assert jax.config.jax_compilation_cache_dir == before
+    return status, capsys.readouterr().err
+
+  return run
+
+
+def _assert_one_line(said, message):
+  status, error = said
+  assert status == 2
+  assert error.startswith('error: ')
+  assert error.count('\n') == 1
+  assert message in error
+
+
+@pytest.mark.parametrize('name', _MISTAKES)
+def test_a_mistake_is_answered_in_one_line(name, run, tmp_path):
+  words, message = _MISTAKES[name]
+  common = [f'--config={_CONFIG}', '--workdir={tmp}/run']
+  _assert_one_line(run(*common, *words), message)
+  assert not (tmp_path / 'run').exists()
+
+
+def test_config_files_that_do_not_serve_are_named(run, tmp_path):
+  (tmp_path / 'other.py').write_text('x = 1\n')
+  (tmp_path / 'raises.py').write_text('def get_config(): return oops\n')
+  for words, message in (
+    (['--config={tmp}/no.py', '--workdir=x'], 'no.py: No such file'),
+    (['--config={tmp}/empty', '--workdir=x'], 'empty: the file is empty'),
+    (['--config={tmp}/latin', '--workdir=x'], 'latin: not UTF-8 at byte 1'),
+    (
+      ['--config={tmp}/other.py', '--workdir=x'],
+      'expected a function get_conf',
+    ),
+    (['--config={tmp}/raises.py', '--workdir=x'], 'oops'),
+    (['--config=configs/gpt_char.py:big', '--workdir=x'], "got 'big'"),
+    (['--workdir=x'], '--config: expected one config file, got 0'),
+    ([f'--config={_CONFIG}'], '--workdir: expected a folder'),
+  ):
+    _assert_one_line(run(*words), message)
+
+
+def test_a_workdir_of_another_run_shows_the_difference(config, run, tmp_path):
+  settings = config(**{'training.steps': 1})
+  loop.records.write(tmp_path / 'run', settings, {'sha256': '0' * 64})
+  common = [
+    f'--config={_CONFIG}',
+    '--workdir={tmp}/run',
+    f'--config.data.path={settings.data.path}',
+  ]
+  said = run(*common, '--config.model.num_layers=3', '--config.seed=1')
+  _assert_one_line(said, '(model.num_layers 2 → 3, seed 0 → 1)')
+  # steps and log_every differ too, but may.
+  _assert_one_line(run(*common), 'on other data (sha256 00000000… → ')
