@@ -41,7 +41,9 @@ def ours(config):
   def run(n):
     nonlocal state
     batch = jax.device_put(task.batch(n), sharding.batched(mesh))
-    state, metrics = train_step(state, batch, np.int32(n))
+    state, metrics = sharding.settle(
+      mesh, train_step(state, batch, np.int32(n))
+    )
     return metrics['train/loss']
 
   return task, run

@@ -1,4 +1,26 @@
-"""A character GPT."""
+"""A character GPT, at the size and budget of nanoGPT's CPU example.
+
+  python train.py --config=configs/gpt_char.py --workdir=runs/gpt_char
+  python -m attention sample --workdir=runs/gpt_char --prompt="def "
+
+| size | layers × heads × width, context, batch, steps | parameters |
+|---|---|---|
+| (default) | 4 × 4 × 128, 64, 12, 2,000 | 0.81 M |
+| base | 6 × 6 × 384, 256, 64, 5,000, dropout 0.2 | 10.8 M |
+| debug | 2 × 2 × 16, 16, 4, 30 | 8 k |
+
+Default size, Tiny Shakespeare (sha256 86c4e6aa…, --config.data.path=input.txt):
+1.764 nats per character on the whole last tenth, after 1 min 32 s at about
+20,000 tokens/s (2.173 at step 500, 1.959 at 1,000). nanoGPT quotes 1.88 for
+this size and budget. Its peak learning rate is 1e-3; 3e-3 gives 1.767 here,
+6e-3 with a decay to 1% 1.771, 1e-2 likewise 1.767.
+
+Default size and text (Python 3.11's standard library): 1.640 nats per
+character, 1 min 52 s.
+
+Measured on 2026-11-21, two cores of an AMD EPYC, JAX 0.10.2. `base` has not
+been run to its end; it is sized for an accelerator.
+"""
 
 import ml_collections
 

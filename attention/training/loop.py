@@ -104,12 +104,17 @@ def _run(config, workdir, task, optimizer, schedule, shapes, checkpoints):
     report.say(f'compiled in {time.perf_counter() - clock:.1f} s')
     if start:
       report.say(f'resumed from step {start:,}')
+
+    def advance(state, n):
+      batch = place(task.batch(n))
+      return sharding.settle(mesh, compiled(state, batch, np.int32(n)))
+
     metrics = Metrics(workdir / 'metrics.jsonl', start)
     with contextlib.closing(metrics), _StopSignals() as signals:
       _loop(
         training,
         range(start, training.steps),
-        lambda state, n: compiled(state, place(task.batch(n)), np.int32(n)),
+        advance,
         state,
         task,
         metrics,

@@ -50,3 +50,13 @@ def data_parallel(function, mesh: Mesh):
     out_specs=PartitionSpec(),
     check_vma=False,
   )
+
+
+def settle(mesh: Mesh, results):
+  """Waits for results on virtual CPU devices; elsewhere, passes them on.
+
+  Those devices share one pool of threads. With a second step under way, all of
+  its threads can come to wait for a device that finds no thread to run on.
+  """
+  is_virtual = mesh.size > 1 and mesh.devices.flat[0].platform == 'cpu'
+  return jax.block_until_ready(results) if is_virtual else results

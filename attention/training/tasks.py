@@ -97,11 +97,10 @@ class Language:
       params: of the model.
       place: puts a batch on the devices.
     """
-    totals = [
-      self._evaluate_batch(params, place(batch))
-      for batch in self.data.validation_batches(4 * self.batch_size)
-    ]
-    total, count = np.sum(np.asarray(totals, np.float64), axis=0)
+    total, count = 0.0, 0.0
+    for batch in self.data.validation_batches(4 * self.batch_size):
+      nats, tokens = self._evaluate_batch(params, place(batch))
+      total, count = total + float(nats), count + float(tokens)
     return {'eval/loss': total / count}
 
   @functools.cached_property
