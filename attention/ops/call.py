@@ -14,7 +14,7 @@ class Call:
   of its own there, which a type checker would refuse.
   """
 
-  bias: object = None  # array of the logits' rank
+  bias: object = None  # a description of biases.py
   mask: object = None  # Mask: everything that masks, joined
   sinks: object = None  # [h]
   dropout: object = None  # Dropout

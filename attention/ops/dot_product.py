@@ -5,7 +5,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-from attention.ops import reference
+from attention.ops import chunked, reference
+from attention.ops.biases import ArrayBias, Bias
 from attention.ops.call import Call
 from attention.ops.dropout import Dropout
 from attention.ops.masks import Mask
@@ -22,6 +23,7 @@ def _fused(query, key, value, call):
 # NotImplementedError with the reason if it doesn't serve the call.
 _IMPLEMENTATIONS = {
   'fused': _fused,
+  'chunked': chunked.attention,
   'reference': reference.attention,
 }
 
@@ -192,11 +194,17 @@ def _check(
     causal = Mask.causal()
     mask = causal if mask is None else mask & causal
 
-  if bias is not None:
+  if isinstance(bias, Bias):
+    got = jax.eval_shape(lambda: bias.to_array(1, 1)).shape
+    if got[-3:-2] not in ((1,), (num_heads,)):
+      raise ValueError(
+        f'bias: expected one for {num_heads} heads, got one for {got[-3]}'
+      )
+  elif bias is not None:
     bias = jnp.asarray(bias)
     _check_float('bias', bias)
     _check_broadcast('bias', bias.shape, shape, short='[h, q, k]')
-    bias = bias.reshape((1,) * (len(shape) - bias.ndim) + bias.shape)
+    bias = ArrayBias(bias.reshape((1,) * (len(shape) - bias.ndim) + bias.shape))
   if sinks is not None:
     sinks = jnp.asarray(sinks)
     if sinks.shape != (num_heads,):

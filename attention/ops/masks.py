@@ -5,7 +5,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+
+from attention.ops.batching import take_block, take_rows
 
 
 def _expand(value):
@@ -13,15 +14,10 @@ def _expand(value):
   return jnp.asarray(value)[..., None, None, None] if np.ndim(value) else value
 
 
-def _slice(array, start, size, axis):
-  """Part of an axis; an axis of one position stands for all of them."""
-  if array.shape[axis] == 1:
-    return array
-  return lax.dynamic_slice_in_dim(array, start, size, axis)
-
-
 class _Condition:
   """One part of a mask: ints and None are static, everything else is a leaf."""
+
+  trailing = 0  # axes of its arrays behind the batch
 
   def __init_subclass__(cls):
     dataclasses.dataclass(frozen=True)(cls)
@@ -55,6 +51,12 @@ class _Condition:
   def diagonals(self):
     """Static (low, high): keys outside query + [low, high] are never seen."""
     return None, None
+
+  def rows(self, batch, start, count):
+    """The condition on some rows of the flattened batch."""
+    leaves, tree = jax.tree.flatten(self)
+    leaves = [take_rows(x, self.trailing, batch, start, count) for x in leaves]
+    return jax.tree.unflatten(tree, leaves)
 
 
 class _Band(_Condition):
@@ -100,12 +102,13 @@ class _Lengths(_Condition):
 class _Segments(_Condition):
   """Positions see those with the same id."""
 
+  trailing = 1
   query_ids: object  # [*b, q]
   key_ids: object  # [*b, k]
 
   def tile(self, query, num_query, key, num_key):
-    queries = _slice(self.query_ids, query, num_query, -1)
-    keys = _slice(self.key_ids, key, num_key, -1)
+    queries = take_block(self.query_ids, query, num_query, -1)
+    keys = take_block(self.key_ids, key, num_key, -1)
     return (queries[..., :, None] == keys[..., None, :])[..., None, :, :]
 
 
@@ -123,11 +126,12 @@ class _Prefix(_Condition):
 class _Dense(_Condition):
   """An array, [q, k] or of the logits' rank; size-1 axes broadcast."""
 
+  trailing = 3
   array: object
 
   def tile(self, query, num_query, key, num_key):
-    rows = _slice(self.array, query, num_query, -2)
-    return _slice(rows, key, num_key, -1)
+    rows = take_block(self.array, query, num_query, -2)
+    return take_block(rows, key, num_key, -1)
 
 
 def _int_or_array(name, value):
@@ -232,6 +236,16 @@ class Mask:
     for condition in self.conditions:
       seen = seen & condition.tile(query, num_query, key, num_key)
     return seen
+
+  def rows(self, batch: tuple, start, count: int) -> 'Mask':
+    """The mask of some rows of the flattened batch, with that one batch axis.
+
+    Args:
+      batch: shape of the whole batch, *b.
+      start: first row; may be traced.
+      count: how many rows.
+    """
+    return Mask(tuple(c.rows(batch, start, count) for c in self.conditions))
 
   def diagonals(self) -> tuple[int | None, int | None]:
     """Static (low, high): keys outside query + [low, high] are never seen."""

@@ -29,7 +29,7 @@ def logits(
   if call.logit_cap is not None:
     x = call.logit_cap * jnp.tanh(x / call.logit_cap)
   if call.bias is not None:
-    x = x + call.bias.astype(jnp.float32)
+    x = x + call.bias.to_array(num_query, num_key).astype(jnp.float32)
   if call.mask is not None:
     x = jnp.where(call.mask.to_array(num_query, num_key), x, _MASKED)
   return x

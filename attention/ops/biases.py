@@ -1,0 +1,244 @@
+"""Biases as descriptions: what is added to logits, a tile at a time.
+
+A bias gives any tile of itself, and gathers its own gradient tile by tile, at
+its own size. To attention they are all alike: arrays, ALiBi, T5's buckets.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from attention.ops import batching
+
+
+class Bias:
+  """What an implementation asks of a bias; a pytree of its parameters."""
+
+  def to_array(self, num_query: int, num_key: int) -> jax.Array:
+    """All of it, broadcastable to the logits [*b, h, q, k]."""
+    raise NotImplementedError
+
+  def tile(self, batch, row, rows, query, num_query, key, num_key):
+    """A tile, broadcastable to [rows, h, num_query, num_key].
+
+    Args:
+      batch: shape of the whole batch, *b.
+      row: first row of the flattened batch; may be traced, as other starts.
+      rows: how many.
+      query: first query.
+      num_query: how many.
+      key: first key.
+      num_key: how many.
+    """
+    raise NotImplementedError
+
+  def zero_gradient(self):
+    """What `add_gradient` begins with."""
+    raise NotImplementedError
+
+  def add_gradient(self, gradient, d_tile, batch, row, query, key):
+    """Adds a tile's share; d_tile: float32 [rows, g, h / g, q, k]."""
+    raise NotImplementedError
+
+  def finish_gradient(self, gradient) -> 'Bias':
+    """The gradient as a pytree like the bias itself."""
+    raise NotImplementedError
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ArrayBias(Bias):
+  """An array of the logits' rank, broadcastable to them."""
+
+  array: object
+
+  def to_array(self, num_query, num_key):
+    return self.array
+
+  def tile(self, batch, row, rows, query, num_query, key, num_key):
+    x = batching.take_rows(self.array, 3, batch, row, rows)
+    x = batching.take_block(x, query, num_query, 2)
+    return batching.take_block(x, key, num_key, 3).astype(jnp.float32)
+
+  def zero_gradient(self):
+    return jnp.zeros(batching.flatten(self.array, 3).shape, jnp.float32)
+
+  def add_gradient(self, gradient, d_tile, batch, row, query, key):
+    numbers = batching.row_numbers(self.array.shape[:-3], batch)
+    d_tile = d_tile.reshape(len(d_tile), -1, *d_tile.shape[3:])
+    rows, _, num_query, num_key = d_tile.shape
+    # Axes that the bias has once only are summed over.
+    whole = (1 if numbers is None else rows, *gradient.shape[1:])
+    axes = [i for i in range(4) if whole[i] == 1 and d_tile.shape[i] > 1]
+    d_tile = d_tile.sum(axes, keepdims=True)
+    start = [0, 0, query, key]
+    size = [len(d_tile), *gradient.shape[1:2], num_query, num_key]
+    for i in (2, 3):
+      if gradient.shape[i] == 1:
+        start[i], size[i] = 0, 1
+    if numbers is not None and len(gradient) == len(numbers):
+      start[0] = row
+    elif numbers is not None:
+      # Rows share entries in some other pattern: one after another.
+      for i in range(rows):
+        at = [jnp.asarray(numbers)[row + i], *start[1:]]
+        gradient = _add_at(gradient, d_tile[i : i + 1], at)
+      return gradient
+    return _add_at(gradient, d_tile, start)
+
+  def finish_gradient(self, gradient):
+    gradient = gradient.reshape(self.array.shape).astype(self.array.dtype)
+    return ArrayBias(gradient)
+
+
+def _add_at(whole, block, start):
+  if whole.shape == block.shape:
+    return whole + block
+  # Starts of mixed kinds: all as int32.
+  start = [jnp.asarray(i, jnp.int32) for i in start]
+  old = lax.dynamic_slice(whole, start, block.shape)
+  return lax.dynamic_update_slice(whole, old + block, start)
+
+
+class _Relative(Bias):
+  """A function of key - query and of a few parameters."""
+
+  def at(self, distance) -> jax.Array:
+    """[h, q, k] of distances [q, k]."""
+    raise NotImplementedError
+
+  def to_array(self, num_query, num_key):
+    return self._block(0, num_query, 0, num_key)
+
+  def _block(self, query, num_query, key, num_key):
+    keys = key + jnp.arange(num_key)
+    return self.at(keys - (query + jnp.arange(num_query))[:, None])
+
+  def tile(self, batch, row, rows, query, num_query, key, num_key):
+    return self._block(query, num_query, key, num_key)[None]
+
+  def zero_gradient(self):
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), self)
+
+  def add_gradient(self, gradient, d_tile, batch, row, query, key):
+    d_tile = d_tile.sum(0)
+    d_tile = d_tile.reshape(-1, *d_tile.shape[2:])
+    exact = jax.tree.map(lambda x: x.astype(jnp.float32), self)
+    _, vjp = jax.vjp(
+      lambda bias: bias._block(query, d_tile.shape[1], key, d_tile.shape[2]),
+      exact,
+    )
+    return jax.tree.map(jnp.add, gradient, vjp(d_tile)[0])
+
+  def finish_gradient(self, gradient):
+    return jax.tree.map(lambda g, x: g.astype(x.dtype), gradient, self)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Alibi(_Relative):
+  """-slope · |query - key| (Press et al. 2022)."""
+
+  slopes: object  # [h]
+
+  def at(self, distance):
+    slopes = self.slopes.astype(jnp.float32)[:, None, None]
+    return -slopes * jnp.abs(distance).astype(jnp.float32)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RelativeBuckets(_Relative):
+  """An entry of a learned table for each bucket of distances (T5)."""
+
+  table: object  # [num_buckets, h]
+  num_buckets: int = dataclasses.field(metadata={'static': True})
+  max_distance: int = dataclasses.field(metadata={'static': True})
+  is_bidirectional: bool = dataclasses.field(metadata={'static': True})
+
+  def at(self, distance):
+    buckets = self.buckets(distance)
+    one_hot = jax.nn.one_hot(buckets, self.num_buckets, dtype=jnp.float32)
+    table = self.table.astype(jnp.float32)
+    return jnp.einsum('...n,nh->h...', one_hot, table)
+
+  def buckets(self, distance):
+    """Numbers in [0, num_buckets) for distances key - query."""
+    count, offset = self.num_buckets, 0
+    if self.is_bidirectional:
+      count //= 2
+      offset = jnp.where(distance > 0, count, 0)
+      distance = jnp.abs(distance)
+    else:
+      distance = jnp.maximum(-distance, 0)
+    # Half of them for near distances, one each; the others wider and wider.
+    near = count // 2
+    ratio = jnp.maximum(distance, 1).astype(jnp.float32) / near
+    far = jnp.log(ratio) / math.log(self.max_distance / near) * (count - near)
+    far = jnp.minimum(near + far.astype(jnp.int32), count - 1)
+    return offset + jnp.where(distance < near, distance, far)
+
+
+def alibi(num_heads: int) -> Alibi:
+  """ALiBi (Press et al. 2022): logits fall linearly with distance.
+
+  Slopes are a geometric sequence from 2^(-8/h) down; for head counts that are
+  no power of two, every other slope of the next power fills up, as the paper's
+  code has it.
+
+  Args:
+    num_heads: heads, h.
+
+  Returns:
+    A bias for `dot_product_attention`, its slopes [h] float32 a leaf.
+
+  Raises:
+    ValueError: no heads.
+  """
+  if num_heads < 1:
+    raise ValueError(f'num_heads: expected 1 or more, got {num_heads}')
+
+  def slopes(count):
+    return [2 ** (-8 * (i + 1) / count) for i in range(count)]
+
+  power = 2 ** int(math.log2(num_heads))
+  numbers = slopes(power) + slopes(2 * power)[::2][: num_heads - power]
+  return Alibi(jnp.array(numbers, jnp.float32))
+
+
+def relative_buckets(
+  table,
+  num_buckets: int = 32,
+  max_distance: int = 128,
+  is_bidirectional: bool = True,
+) -> RelativeBuckets:
+  """T5's relative position bias (Raffel et al. 2020, section 2.1).
+
+  Args:
+    table: [num_buckets, h] learned biases, float32, bfloat16 or float16.
+    num_buckets: half of them (a quarter a side if bidirectional) for near
+      distances, one each; the rest grow logarithmically.
+    max_distance: at and past it, all distances share the last bucket.
+    is_bidirectional: whether keys after the query have buckets of their own.
+
+  Returns:
+    A bias for `dot_product_attention`; the table gets a gradient.
+
+  Raises:
+    ValueError: a table of another shape, or senseless numbers.
+  """
+  table = jnp.asarray(table)
+  if table.ndim != 2 or len(table) != num_buckets:
+    raise ValueError(
+      f'table: expected [num_buckets={num_buckets}, h], got {table.shape}'
+    )
+  near = num_buckets // (4 if is_bidirectional else 2)
+  if near < 1 or max_distance <= near:
+    raise ValueError(
+      f'max_distance: expected more than the {near} near buckets, '
+      f'got {max_distance}'
+    )
+  return RelativeBuckets(table, num_buckets, max_distance, is_bidirectional)

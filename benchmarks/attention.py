@@ -1,0 +1,211 @@
+"""Attention's time and memory against what people use now, on this machine.
+
+  python benchmarks/attention.py [WORK ...] [--rounds=9]
+
+Peers take turns round by round; printed are medians of the times, and medians
+of the rounds' ratios, peer over ours. `einsum` is AlphaFold's attention:
+products, bias, where(mask, ·, -1e9), softmax, products. PyTorch's is
+scaled_dot_product_attention (flash) on [b, h, q, d], if torch is installed.
+Temporary memory is XLA's `memory_analysis` of the compiled program.
+"""
+
+# ruff: noqa: E402
+import sys
+
+# This script has the library's name; from its own folder it would import itself.
+del sys.path[0]
+
+import argparse
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+import attention
+from attention import Mask
+
+try:
+  import torch
+except ImportError:
+  torch = None
+
+# name: (query shape, key length or None for the same, what masks, bias shape)
+
+WORKS = {
+  'pair256': ((256, 256, 4, 32), None, 'keys', (4, 256, 256)),
+  'pair512': ((512, 512, 4, 32), None, 'keys', (4, 512, 512)),
+  'causal64': ((32, 64, 4, 32), None, 'causal', None),
+  'causal256': ((8, 256, 4, 64), None, 'causal', None),
+  'causal1024': ((1, 1024, 4, 64), None, 'causal', None),
+  'causal4096': ((1, 4096, 4, 64), None, 'causal', None),
+  'causal8192': ((1, 8192, 4, 64), None, 'causal', None),
+  'template': ((16384, 1, 4, 16), 4, None, None),
+  'window8192': ((1, 8192, 4, 64), None, 'window', None),
+  'window32768': ((1, 32768, 4, 64), None, 'window', None),
+}
+_DEFAULT = [w for w in WORKS if w not in ('pair512', 'causal8192')]
+
+
+def einsum(query, key, value, bias, mask):
+  """AlphaFold's attention, on [b, q, h, c] arrays."""
+  logits = jnp.einsum('bqhc,bkhc->bhqk', query * query.shape[-1] ** -0.5, key)
+  if bias is not None:
+    logits = logits + bias
+  if mask is not None:
+    logits = jnp.where(mask, logits, -1e9)
+  return jnp.einsum('bhqk,bkhc->bqhc', jax.nn.softmax(logits), value)
+
+
+def library(implementation, mask):
+  """Our function, its mask a description."""
+
+  def call(query, key, value, bias, _):
+    return attention.dot_product_attention(
+      query, key, value, bias=bias, mask=mask, implementation=implementation
+    )
+
+  return call
+
+
+def masks(kind, shape, num_key):
+  """The mask as a description and as an array."""
+  if kind is None:
+    return None, None
+  if kind == 'keys':
+    lengths = np.random.default_rng(0).integers(num_key // 2, num_key, shape[0])
+    mask = Mask.lengths(key_lengths=lengths)
+  elif kind == 'window':
+    return Mask.causal() & Mask.window(left=1023), None
+  else:
+    mask = Mask.causal()
+  return mask, mask.to_array(shape[1], num_key)
+
+
+def torch_peer(arrays, mask, is_gradient):
+  """A function without arguments that does the same in PyTorch."""
+  query, key, value, bias, cotangent = (
+    None if x is None else torch.from_numpy(np.array(x)) for x in arrays
+  )
+  query, key, value, cotangent = (
+    x.transpose(1, 2).contiguous() for x in (query, key, value, cotangent)
+  )
+  is_causal = bias is None and mask is not None
+  if bias is not None:
+    seen = torch.from_numpy(np.array(mask))
+  leaves = [x for x in (query, key, value, bias) if x is not None]
+  for leaf in leaves:
+    leaf.requires_grad_(is_gradient)
+
+  def run():
+    extra = None
+    if bias is not None:
+      extra = bias + torch.where(seen, 0.0, -1e9)
+    output = torch.nn.functional.scaled_dot_product_attention(
+      query, key, value, attn_mask=extra, is_causal=is_causal
+    )
+    if is_gradient:
+      torch.autograd.grad(output, leaves, cotangent)
+
+  return run
+
+
+def jax_peer(function, arrays, mask, is_gradient):
+  """The same in JAX, compiled; and its temporary memory in bytes."""
+  *inputs, cotangent = arrays
+
+  def gradient(*inputs):
+    out, vjp = jax.vjp(lambda *x: function(*x, mask), *inputs)
+    return vjp(cotangent.astype(out.dtype))
+
+  chosen = gradient if is_gradient else lambda *x: function(*x, mask)
+  compiled = jax.jit(chosen).lower(*inputs).compile()
+  memory = compiled.memory_analysis().temp_size_in_bytes
+  return lambda: jax.block_until_ready(compiled(*inputs)), memory
+
+
+def measure(peers, rounds):
+  """Seconds of each peer, a list a round, taking turns."""
+  times = {name: [] for name in peers}
+  for n in range(rounds + 1):  # the first to warm up
+    for name, run in peers.items():
+      start = time.perf_counter()
+      run()
+      if n:
+        times[name].append(time.perf_counter() - start)
+  return times
+
+
+def compare(name, is_gradient, rounds, table):
+  shape, num_key, kind, bias_shape = WORKS[name]
+  num_key = num_key or shape[1]
+  keys = jax.random.split(jax.random.key(0), 5)
+  kv_shape = (shape[0], num_key, *shape[2:])
+  shapes = (shape, kv_shape, kv_shape, bias_shape, shape)
+  arrays = [
+    None if s is None else jax.random.normal(k, s)
+    for k, s in zip(keys, shapes, strict=True)
+  ]
+  mask, array = masks(kind, shape, num_key)
+  functions = {'default': library(None, mask)}
+  if kind != 'window':  # nobody holds [32768, 32768]
+    functions |= {
+      'chunked': library('chunked', mask),
+      'reference': library('reference', mask),
+      'einsum': einsum,
+    }
+  peers, memory = {}, {}
+  for peer, function in functions.items():
+    peers[peer], memory[peer] = jax_peer(function, arrays, array, is_gradient)
+  if torch and kind != 'window':
+    peers['PyTorch'] = torch_peer(arrays, array, is_gradient)
+  times = measure(peers, rounds)
+  for peer, seconds in times.items():
+    ratios = [a / b for a, b in zip(seconds, times['default'], strict=True)]
+    table.add_row(
+      name,
+      'gradient' if is_gradient else 'forward',
+      peer,
+      f'{statistics.median(seconds) * 1e3:.1f}',
+      f'{statistics.median(ratios):.2f}',
+      f'{memory[peer] / 2**20:.1f}' if peer in memory else '',
+      f'{memory[peer] / memory["default"]:.1f}' if peer in memory else '',
+    )
+  table.add_section()
+  return statistics.median(times['default']) / (shape[0] * shape[1])
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument('works', nargs='*', help=', '.join(WORKS))
+  parser.add_argument('--rounds', type=int, default=9)
+  arguments = parser.parse_args()
+  table = Table(
+    'work', '', 'peer', 'ms', 'over default', 'temporary MiB', 'over default'
+  )
+  seconds = {}
+  for name in arguments.works or _DEFAULT:
+    for is_gradient in (False, True):
+      seconds[name, is_gradient] = compare(
+        name, is_gradient, arguments.rounds, table
+      )
+  versions = f'jax {jax.__version__}'
+  table.caption = versions + (f', torch {torch.__version__}' if torch else '')
+  console = Console()
+  console.print(table)
+  for is_gradient in (False, True):
+    if ('window32768', is_gradient) in seconds:
+      ratio = (
+        seconds['window32768', is_gradient] / seconds['window8192', is_gradient]
+      )
+      what = 'gradient' if is_gradient else 'forward'
+      console.print(
+        f'window 1024, {what}, a token at 32768 / 8192: {ratio:.2f}'
+      )
+
+
+if __name__ == '__main__':
+  main()
