@@ -40,7 +40,7 @@ class Bias:
     raise NotImplementedError
 
   def add_gradient(self, gradient, d_tile, batch, row, query, key):
-    """Adds a tile's share; d_tile: float32 [rows, g, h / g, q, k]."""
+    """Adds a tile's share; d_tile: float32 [rows, h, q, k]."""
     raise NotImplementedError
 
   def finish_gradient(self, gradient) -> 'Bias':
@@ -68,7 +68,6 @@ class ArrayBias(Bias):
 
   def add_gradient(self, gradient, d_tile, batch, row, query, key):
     numbers = batching.row_numbers(self.array.shape[:-3], batch)
-    d_tile = d_tile.reshape(len(d_tile), -1, *d_tile.shape[3:])
     rows, _, num_query, num_key = d_tile.shape
     # Axes that the bias has once only are summed over.
     whole = (1 if numbers is None else rows, *gradient.shape[1:])
@@ -125,7 +124,6 @@ class _Relative(Bias):
 
   def add_gradient(self, gradient, d_tile, batch, row, query, key):
     d_tile = d_tile.sum(0)
-    d_tile = d_tile.reshape(-1, *d_tile.shape[2:])
     exact = jax.tree.map(lambda x: x.astype(jnp.float32), self)
     _, vjp = jax.vjp(
       lambda bias: bias._block(query, d_tile.shape[1], key, d_tile.shape[2]),

@@ -319,8 +319,9 @@ def _attention_bwd(plan, saved, d_output):
         )
         dk, dv = (_add_block(x, y, at, 2) for x, y in ((dk, dk_), (dv, dv_)))
         if call.bias is not None:
+          flat = d_logits.reshape(len(d_logits), -1, *d_logits.shape[3:])
           d_bias = call.bias.add_gradient(
-            d_bias, d_logits, plan.batch, row, start, at
+            d_bias, flat, plan.batch, row, start, at
           )
         return dq + dq_, (dk, dv, d_bias)
 

@@ -1,0 +1,238 @@
+"""Attention a few rows of the batch at a time, their logits kept in cache.
+
+For many short sequences. The softmax's sums are computed anew in the backward
+pass, so nothing is saved but the inputs, and the gradient of a bias that the
+rows share is summed up on the way.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from attention.ops import batching
+from attention.ops.call import Call
+
+_MASKED = -1e30  # added to logits that are masked out
+# Logits in cache at once: XLA on CPU fuses the forward pass into one kernel,
+# which is at its best at a few MiB; the backward one, of several, at 1 MiB.
+_FORWARD_SIZE, _BACKWARD_SIZE = 2**20, 2**18
+
+
+def attention(query, key, value, call: Call, rows: tuple | None = None):
+  """See `dot_product_attention`; the arguments are checked already.
+
+  Args:
+    query: [*b, q, h, d].
+    key: [*b, k, g, d].
+    value: [*b, k, g, e].
+    call: everything else.
+    rows: rows of the batch at a time, forward and backward; for experiments.
+  """
+  batch = query.shape[:-3]
+  if rows is None:
+    size = query.shape[-2] * query.shape[-3] * key.shape[-3]
+    rows = tuple(
+      _divisor(math.prod(batch), most // size)
+      for most in (_FORWARD_SIZE, _BACKWARD_SIZE)
+    )
+  flat = (batching.flatten(x, 3) for x in (query, key, value))
+  output = _attention((batch, *rows), *flat, call)
+  return output.reshape(*batch, *output.shape[1:])
+
+
+def _divisor(number, most):
+  """The largest divisor that is not above `most`, or 1."""
+  return max(n for n in range(1, max(1, min(most, number)) + 1) if not number % n)
+
+
+def _products(query, key):
+  """[r, q, h, c], [r, k, g, c] → [r, h, q, k] float32."""
+  r, q, h, c = query.shape
+  k, g = key.shape[1:3]
+  if g == h:
+    return jnp.einsum(
+      'rqhc,rkhc->rhqk', query, key, preferred_element_type=jnp.float32
+    )
+  return jnp.einsum(
+    'rqgpc,rkgc->rgpqk',
+    query.reshape(r, q, g, -1, c),
+    key,
+    preferred_element_type=jnp.float32,
+  ).reshape(r, h, q, k)
+
+
+def _sum_keys(weights, value):
+  """[r, h, q, k], [r, k, g, c] → [r, h, q, c] float32."""
+  r, h, q, k = weights.shape
+  g, c = value.shape[2:]
+  weights = weights.astype(value.dtype)
+  if g == h:
+    return jnp.einsum(
+      'rhqk,rkhc->rhqc', weights, value, preferred_element_type=jnp.float32
+    )
+  return jnp.einsum(
+    'rgpqk,rkgc->rgpqc',
+    weights.reshape(r, g, -1, q, k),
+    value,
+    preferred_element_type=jnp.float32,
+  ).reshape(r, h, q, c)
+
+
+def _sum_queries(weights, x, groups):
+  """[r, h, q, k], [r, q, h, c] → [r, k, g, c] float32."""
+  r, h, q, k = weights.shape
+  return jnp.einsum(
+    'rgpqk,rqgpc->rkgc',
+    weights.reshape(r, groups, -1, q, k).astype(x.dtype),
+    x.reshape(r, q, groups, h // groups, -1),
+    preferred_element_type=jnp.float32,
+  )
+
+
+def _softmax(call, batch, row, query, key):
+  """The softmax before its division.
+
+  Returns:
+    exp [r, h, q, k], its sums with the sink's [r, h, q], 1 or 0 where nothing
+    is seen (or None) [r, h, q], the sink's exponentials, the logits before the
+    bias (where capped).
+  """
+  r, q = query.shape[:2]
+  k = key.shape[1]
+  x = _products(query, key) * call.scale
+  if call.logit_cap is not None:
+    x = call.logit_cap * jnp.tanh(x / call.logit_cap)
+  logits, seen = x, None
+  if call.bias is not None:
+    logits = logits + call.bias.tile(batch, row, r, 0, q, 0, k)
+  if call.mask is not None:
+    mask = call.mask.rows(batch, row, r).tile(0, q, 0, k)
+    mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
+    seen = mask.any(-1)
+    # A sum, which XLA fuses with what comes after; a select it would not.
+    logits = logits + jnp.where(mask, 0.0, _MASKED)
+  top = logits.max(-1)
+  if call.sinks is None:
+    exp = jnp.exp(logits - top[..., None])
+    return exp, exp.sum(-1), seen, None, x
+  sinks = call.sinks.astype(jnp.float32)[:, None]
+  top = jnp.maximum(top, sinks)
+  exp, sink_exp = jnp.exp(logits - top[..., None]), jnp.exp(sinks - top)
+  return exp, exp.sum(-1) + sink_exp, seen, sink_exp, x
+
+
+def _factor(call, row, shape):
+  r, h, q, k = shape
+  rows = (row + jnp.arange(r))[:, None] * h + jnp.arange(h)
+  return call.dropout.factor(rows, 0, q, 0, k)
+
+
+def _row_step(call, batch, row, query, key, value):
+  """The output of some rows, [r, q, h, e]."""
+  exp, total, seen, _, _ = _softmax(call, batch, row, query, key)
+  if call.dropout is not None:
+    exp = exp * _factor(call, row, exp.shape)
+  output = _sum_keys(exp, value) / total[..., None]
+  if seen is not None:
+    output = jnp.where(seen[..., None], output, 0)
+  return output.swapaxes(1, 2).astype(query.dtype)
+
+
+def _row_gradients(call, batch, row, query, key, value, d_output):
+  """Gradients of some rows' query, key and value, logits and sinks."""
+  groups = key.shape[2]
+  exp, total, seen, sink_exp, x = _softmax(call, batch, row, query, key)
+  inverse = 1 / total
+  if seen is not None:
+    inverse = jnp.where(seen, inverse, 0)
+  weights = used = exp * inverse[..., None]
+  d_weights = _products(d_output, value)
+  if call.dropout is not None:
+    factor = _factor(call, row, exp.shape)
+    used, d_weights = weights * factor, d_weights * factor
+  delta = (weights * d_weights).sum(-1)
+  d_logits = weights * (d_weights - delta[..., None])
+  # Three readers: one array, not three recomputations.
+  d_logits = lax.optimization_barrier(d_logits)
+  d_value = _sum_queries(used, d_output, groups)
+  d_products = d_logits * call.scale
+  if call.logit_cap is not None:
+    d_products = d_products * (1 - jnp.square(x / call.logit_cap))
+  d_query = _sum_keys(d_products, key).swapaxes(1, 2)
+  d_key = _sum_queries(d_products, query, groups)
+  grads = [
+    g.astype(like.dtype)
+    for g, like in ((d_query, query), (d_key, key), (d_value, value))
+  ]
+  d_sinks = None
+  if sink_exp is not None:
+    d_sinks = -(sink_exp * inverse * delta).sum((0, 2))
+  return grads, d_logits, d_sinks
+
+
+def _scan(step, carry, arrays, count):
+  """Folds over row blocks; one block needs no loop, and its start is static."""
+  total = len(arrays[0])
+  if count == total:
+    return step(carry, 0, *arrays)
+
+  def body(carry, row):
+    blocks = [lax.dynamic_slice_in_dim(x, row, count) for x in arrays]
+    return step(carry, row, *blocks)
+
+  starts = np.arange(0, total, count, dtype=np.int32)
+  carry, blocks = lax.scan(body, carry, jnp.asarray(starts))
+  return carry, jax.tree.map(lambda x: x.reshape(total, *x.shape[2:]), blocks)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(plan, query, key, value, call):
+  batch, count, _ = plan
+
+  def step(_, row, *inputs):
+    return None, _row_step(call, batch, row, *inputs)
+
+  return _scan(step, None, (query, key, value), count)[1]
+
+
+def _attention_fwd(plan, *inputs):
+  return _attention(plan, *inputs), inputs
+
+
+def _attention_bwd(plan, saved, d_output):
+  batch, _, count = plan
+  query, key, value, call = saved
+  zero_bias = None if call.bias is None else call.bias.zero_gradient()
+  zero_sinks = None
+  if call.sinks is not None:
+    zero_sinks = jnp.zeros(call.sinks.shape, jnp.float32)
+
+  def step(carry, row, *inputs):
+    d_bias, d_sinks = carry
+    grads, d_logits, more = _row_gradients(call, batch, row, *inputs)
+    if d_bias is not None:
+      d_bias = call.bias.add_gradient(d_bias, d_logits, batch, row, 0, 0)
+    if d_sinks is not None:
+      d_sinks = d_sinks + more
+    return (d_bias, d_sinks), grads
+
+  (d_bias, d_sinks), grads = _scan(
+    step, (zero_bias, zero_sinks), (query, key, value, d_output), count
+  )
+  if d_bias is not None:
+    d_bias = call.bias.finish_gradient(d_bias)
+  if d_sinks is not None:
+    d_sinks = d_sinks.astype(call.sinks.dtype)
+  # None: masks and seeds have no gradient.
+  d_call = dataclasses.replace(
+    call, bias=d_bias, sinks=d_sinks, mask=None, dropout=None
+  )
+  return *grads, d_call
+
+
+_attention.defvjp(_attention_fwd, _attention_bwd)
