@@ -12,7 +12,7 @@ Temporary memory is XLA's `memory_analysis` of the compiled program.
 # ruff: noqa: E402
 import sys
 
-# This script has the library's name; from its own folder it would import itself.
+# This script has the library's name: from its folder it would import itself.
 del sys.path[0]
 
 import argparse
@@ -60,10 +60,10 @@ def einsum(query, key, value, bias, mask):
   return jnp.einsum('bhqk,bkhc->bqhc', jax.nn.softmax(logits), value)
 
 
-def library(implementation, mask):
+def library(implementation):
   """Our function, its mask a description."""
 
-  def call(query, key, value, bias, _):
+  def call(query, key, value, bias, mask):
     return attention.dot_product_attention(
       query, key, value, bias=bias, mask=mask, implementation=implementation
     )
@@ -117,14 +117,17 @@ def jax_peer(function, arrays, mask, is_gradient):
   """The same in JAX, compiled; and its temporary memory in bytes."""
   *inputs, cotangent = arrays
 
-  def gradient(*inputs):
+  def gradient(mask, *inputs):
     out, vjp = jax.vjp(lambda *x: function(*x, mask), *inputs)
     return vjp(cotangent.astype(out.dtype))
 
-  chosen = gradient if is_gradient else lambda *x: function(*x, mask)
-  compiled = jax.jit(chosen).lower(*inputs).compile()
+  def forward(mask, *inputs):
+    return function(*inputs, mask)
+
+  chosen = gradient if is_gradient else forward
+  compiled = jax.jit(chosen).lower(mask, *inputs).compile()
   memory = compiled.memory_analysis().temp_size_in_bytes
-  return lambda: jax.block_until_ready(compiled(*inputs)), memory
+  return lambda: jax.block_until_ready(compiled(mask, *inputs)), memory
 
 
 def measure(peers, rounds):
@@ -150,16 +153,18 @@ def compare(name, is_gradient, rounds, table):
     for k, s in zip(keys, shapes, strict=True)
   ]
   mask, array = masks(kind, shape, num_key)
-  functions = {'default': library(None, mask)}
+  functions = {'default': library(None)}
   if kind != 'window':  # nobody holds [32768, 32768]
     functions |= {
-      'chunked': library('chunked', mask),
-      'reference': library('reference', mask),
+      'chunked': library('chunked'),
+      'reference': library('reference'),
       'einsum': einsum,
     }
   peers, memory = {}, {}
   for peer, function in functions.items():
-    peers[peer], memory[peer] = jax_peer(function, arrays, array, is_gradient)
+    peers[peer], memory[peer] = jax_peer(
+      function, arrays, array if peer == 'einsum' else mask, is_gradient
+    )
   if torch and kind != 'window':
     peers['PyTorch'] = torch_peer(arrays, array, is_gradient)
   times = measure(peers, rounds)

@@ -19,8 +19,8 @@ from attention.ops.call import Call
 
 _MASKED = -1e30  # added to logits that are masked out
 # Logits in cache at once: XLA on CPU fuses the forward pass into one kernel,
-# which is at its best at a few MiB; the backward one, of several, at 1 MiB.
-_FORWARD_SIZE, _BACKWARD_SIZE = 2**20, 2**18
+# which is at its best at 8 MiB; the backward one, of several kernels, at 1 MiB.
+_FORWARD_SIZE, _BACKWARD_SIZE = 2**21, 2**18
 
 
 def attention(query, key, value, call: Call, rows: tuple | None = None):
@@ -47,7 +47,9 @@ def attention(query, key, value, call: Call, rows: tuple | None = None):
 
 def _divisor(number, most):
   """The largest divisor that is not above `most`, or 1."""
-  return max(n for n in range(1, max(1, min(most, number)) + 1) if not number % n)
+  return max(
+    n for n in range(1, max(1, min(most, number)) + 1) if not number % n
+  )
 
 
 def _products(query, key):
@@ -147,24 +149,25 @@ def _row_gradients(call, batch, row, query, key, value, d_output):
   """Gradients of some rows' query, key and value, logits and sinks."""
   groups = key.shape[2]
   exp, total, seen, sink_exp, x = _softmax(call, batch, row, query, key)
+  # Barriers cut the work where XLA would compute things again for each reader,
+  # or put all of it into one kernel that runs on one core.
+  exp, total = lax.optimization_barrier((exp, total))
   inverse = 1 / total
   if seen is not None:
     inverse = jnp.where(seen, inverse, 0)
   weights = used = exp * inverse[..., None]
-  d_weights = _products(d_output, value)
+  d_weights = lax.optimization_barrier(_products(d_output, value))
   if call.dropout is not None:
     factor = _factor(call, row, exp.shape)
     used, d_weights = weights * factor, d_weights * factor
   delta = (weights * d_weights).sum(-1)
   d_logits = weights * (d_weights - delta[..., None])
-  # Three readers: one array, not three recomputations.
-  d_logits = lax.optimization_barrier(d_logits)
-  d_value = _sum_queries(used, d_output, groups)
-  d_products = d_logits * call.scale
+  d_products = d_logits = lax.optimization_barrier(d_logits)
   if call.logit_cap is not None:
-    d_products = d_products * (1 - jnp.square(x / call.logit_cap))
-  d_query = _sum_keys(d_products, key).swapaxes(1, 2)
-  d_key = _sum_queries(d_products, query, groups)
+    d_products = d_logits * (1 - jnp.square(x / call.logit_cap))
+  d_value = _sum_queries(used, d_output, groups)
+  d_query = _sum_keys(d_products, key).swapaxes(1, 2) * call.scale
+  d_key = _sum_queries(d_products, query, groups) * call.scale
   grads = [
     g.astype(like.dtype)
     for g, like in ((d_query, query), (d_key, key), (d_value, value))
@@ -175,7 +178,7 @@ def _row_gradients(call, batch, row, query, key, value, d_output):
   return grads, d_logits, d_sinks
 
 
-def _scan(step, carry, arrays, count):
+def _scan(step, carry, arrays, count, unroll=1):
   """Folds over row blocks; one block needs no loop, and its start is static."""
   total = len(arrays[0])
   if count == total:
@@ -186,7 +189,7 @@ def _scan(step, carry, arrays, count):
     return step(carry, row, *blocks)
 
   starts = np.arange(0, total, count, dtype=np.int32)
-  carry, blocks = lax.scan(body, carry, jnp.asarray(starts))
+  carry, blocks = lax.scan(body, carry, jnp.asarray(starts), unroll=unroll)
   return carry, jax.tree.map(lambda x: x.reshape(total, *x.shape[2:]), blocks)
 
 
@@ -221,8 +224,13 @@ def _attention_bwd(plan, saved, d_output):
       d_sinks = d_sinks + more
     return (d_bias, d_sinks), grads
 
+  # Two steps at once: kernels of one fill the gaps that the other leaves.
   (d_bias, d_sinks), grads = _scan(
-    step, (zero_bias, zero_sinks), (query, key, value, d_output), count
+    step,
+    (zero_bias, zero_sinks),
+    (query, key, value, d_output),
+    count,
+    unroll=2,
   )
   if d_bias is not None:
     d_bias = call.bias.finish_gradient(d_bias)

@@ -1,0 +1,382 @@
+"""Attention in blocks of queries × keys, for few long sequences.
+
+The softmax runs along the blocks of keys (Milakov & Gimelshein 2018; Dao et al.
+2022); blocks that the mask rules out are passed over.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from attention.ops import batching
+from attention.ops.call import Call
+
+_MASKED = -1e30  # added to logits; a row whose best is below half sees nothing
+_TILE_SIZE = 2**19  # logits in a tile: 2 MiB, which caches hold
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+  """How the work is cut; chosen by shape, given for experiments only."""
+
+  rows: int  # of the flattened batch; divides it
+  queries: int
+  keys: int
+
+  @classmethod
+  def choose(cls, heads: int, queries: int, keys: int) -> 'Tiles':
+    side = 2 ** (math.isqrt(_TILE_SIZE // 2 // heads).bit_length() - 1)
+    side = min(max(side, 64), 256)
+    return cls(1, min(2 * side, queries), min(side, keys))
+
+
+def attention(query, key, value, call: Call, tiles: Tiles | None = None):
+  """See `dot_product_attention`; the arguments are checked already."""
+  *batch, num_query, num_heads, _ = query.shape
+  num_key, num_groups, value_size = value.shape[-3:]
+  rows = math.prod(batch)
+  tiles = tiles or Tiles.choose(num_heads, num_query, num_key)
+  # [rows, g, h / g, q, d]: heads beside the batch, for the products' sake.
+  query = query.reshape(rows, num_query, num_groups, -1, query.shape[-1])
+  query = query.transpose(0, 2, 3, 1, 4)
+  key, value = (batching.flatten(x, 3).swapaxes(1, 2) for x in (key, value))
+  plan = _Plan(
+    tuple(batch),
+    num_query,
+    num_key,
+    tiles,
+    _ranges(call, num_query, num_key, tiles),
+  )
+  output = _attention(plan, query, key, value, call)
+  output = output.transpose(0, 3, 1, 2, 4)
+  return output.reshape(*batch, num_query, num_heads, value_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+  """The static part of the work."""
+
+  batch: tuple
+  num_query: int
+  num_key: int
+  tiles: Tiles
+  ranges: tuple  # for each block of queries, (first, last + 1) block of keys
+
+  @property
+  def row_starts(self):
+    return np.arange(0, math.prod(self.batch), self.tiles.rows, dtype=np.int32)
+
+
+def _ranges(call, num_query, num_key, tiles):
+  low, high = call.mask.diagonals() if call.mask is not None else (None, None)
+  count = -(-num_key // tiles.keys)
+  ranges = []
+  for block in range(-(-num_query // tiles.queries)):
+    start = min(block * tiles.queries, num_query - tiles.queries)
+    first = 0 if low is None else max(0, (start + low) // tiles.keys)
+    last = start + tiles.queries - 1 + (num_key if high is None else high)
+    last = min(count, last // tiles.keys + 1)
+    # A block that sees nothing computes one all the same, for its zeros.
+    first = min(first, count - 1)
+    ranges.append((first, max(last, first + 1)))
+  return tuple(ranges)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tile:
+  """Where a tile lies. Starts may be traced.
+
+  Blocks at the ragged end begin earlier, so that all have one size; what they
+  share with the block before is `done`, and counts there alone.
+  """
+
+  row: object
+  query: object
+  key: object
+  query_done: object  # queries below it belong to the block before; None: none
+  key_done: object
+
+
+def _block(number, size, length):
+  """Start of a block, and below which positions it repeats the one before."""
+  if isinstance(number, int) or length % size == 0:
+    return number * size, None
+  return jnp.minimum(number * size, length - size), number * size
+
+
+def _logits(plan, call, query, key, tile):
+  """A tile's logits in float32, [r, g, p, q, k], and before cap and bias."""
+  r, g, p, q, d = query.shape
+  k = key.shape[2]
+  x = jnp.einsum(
+    'rgqd,rgkd->rgqk',
+    query.reshape(r, g, p * q, d),
+    key,
+    preferred_element_type=jnp.float32,
+  ).reshape(r, g, p, q, k)
+  x = x * call.scale
+  capped = x
+  if call.logit_cap is not None:
+    capped = call.logit_cap * jnp.tanh(x / call.logit_cap)
+  y = capped
+  if call.bias is not None:
+    y = y + _per_head(
+      call.bias.tile(plan.batch, tile.row, r, tile.query, q, tile.key, k), g
+    )
+  seen = None
+  if call.mask is not None:
+    seen = call.mask.rows(plan.batch, tile.row, r)
+    seen = _per_head(seen.tile(tile.query, q, tile.key, k), g)
+  if tile.key_done is not None:
+    fresh = tile.key + jnp.arange(k) >= tile.key_done
+    seen = fresh if seen is None else seen & fresh
+  if seen is not None:
+    # A sum, which XLA fuses into the exponential's kernel; a select it doesn't.
+    y = y + jnp.where(seen, 0.0, _MASKED)
+  return y, capped
+
+
+def _per_head(x, g):
+  """[…, h or 1, q, k] → [r or 1, g or 1, h / g or 1, q, k] in float32."""
+  x = x.reshape((1,) * (4 - x.ndim) + x.shape)
+  groups = g if x.shape[1] > 1 else 1
+  return x.reshape(x.shape[0], groups, -1, *x.shape[2:])
+
+
+def _dropped(plan, call, shape, tile):
+  """Factors that drop weights, of the shape of a tile's logits."""
+  r, g, p, q, k = shape
+  rows = (tile.row + jnp.arange(r))[:, None] * (g * p) + jnp.arange(g * p)
+  factor = call.dropout.factor(rows, tile.query, q, tile.key, k)
+  return factor.reshape(shape)
+
+
+def _product(weights, value):
+  r, g, p, q, k = weights.shape
+  out = jnp.einsum(
+    'rgqk,rgke->rgqe',
+    weights.reshape(r, g, p * q, k).astype(value.dtype),
+    value,
+    preferred_element_type=jnp.float32,
+  )
+  return out.reshape(r, g, p, q, -1)
+
+
+def _absorb(plan, call, carry, query, key, value, tile):
+  """Adds a tile of keys to a running softmax (top, total, sum of values)."""
+  logits, _ = _logits(plan, call, query, key, tile)
+  top = logits.max(-1)
+  if carry is not None:
+    top = jnp.maximum(top, carry[0])
+  exp = jnp.exp(logits - top[..., None])
+  total = exp.sum(-1)
+  if call.dropout is not None:
+    exp = exp * _dropped(plan, call, exp.shape, tile)
+  values = _product(exp, value)
+  if carry is not None:
+    shrink = jnp.exp(carry[0] - top)
+    total = total + carry[1] * shrink
+    values = values + carry[2] * shrink[..., None]
+  return top, total, values
+
+
+def _finish(call, top, total, values):
+  """Output, and the logarithm of the softmax's denominator."""
+  lse = top + jnp.log(total)
+  if call.sinks is not None:
+    sinks = call.sinks.astype(jnp.float32).reshape(*top.shape[1:3], 1)
+    lse = jnp.logaddexp(lse, sinks)
+  # Nothing seen: an infinite denominator, so zero weights, here and backwards.
+  lse = jnp.where(top < _MASKED / 2, jnp.inf, lse)
+  return values * jnp.exp(top - lse)[..., None], lse
+
+
+def _fold_keys(plan, step, block, init):
+  """Folds step(key block, carry) over the blocks of keys that are seen.
+
+  The first step gives the carry its shape, whatever `init` is.
+  """
+  firsts, lasts = np.array(plan.ranges, np.int32).T
+  if len(plan.ranges) == 1 and lasts[0] - firsts[0] == 1:
+    return step(int(firsts[0]), init)
+  first, last = jnp.asarray(firsts)[block], jnp.asarray(lasts)[block]
+  return lax.fori_loop(first + 1, last, step, step(first, init))
+
+
+def _scan(step, carry, starts):
+  """`lax.scan` that leaves a single step unwrapped, its start static."""
+  if len(starts) > 1:
+    return lax.scan(step, carry, jnp.asarray(starts))
+  carry, ys = step(carry, int(starts[0]))
+  return carry, jax.tree.map(lambda y: y[None], ys)
+
+
+def _take_row_block(plan, start, *arrays):
+  return [batching.take_block(x, start, plan.tiles.rows, 0) for x in arrays]
+
+
+def _forward(plan, query, key, value, call):
+  blocks = range(len(plan.ranges))
+
+  def row_step(_, row):
+    rows = _take_row_block(plan, row, query, key, value)
+
+    def query_step(_, number):
+      start, done = _block(number, plan.tiles.queries, plan.num_query)
+      q = batching.take_block(rows[0], start, plan.tiles.queries, 3)
+
+      def key_step(number, carry):
+        at, key_done = _block(number, plan.tiles.keys, plan.num_key)
+        k, v = (
+          batching.take_block(x, at, plan.tiles.keys, 2) for x in rows[1:]
+        )
+        tile = _Tile(row, start, at, done, key_done)
+        return _absorb(plan, call, carry, q, k, v, tile)
+
+      output, lse = _finish(call, *_fold_keys(plan, key_step, number, None))
+      return None, (output.astype(query.dtype), lse)
+
+    _, (output, lse) = _scan(query_step, None, blocks)
+    return None, (_join(plan, output), _join(plan, lse))
+
+  _, (output, lse) = _scan(row_step, None, plan.row_starts)
+  return _join_rows(output), _join_rows(lse)
+
+
+def _join(plan, blocks):
+  """[blocks, r, g, p, q, …] → [r, g, p, all queries, …]."""
+  if len(blocks) == 1:
+    return blocks[0]
+  size, length = plan.tiles.queries, plan.num_query
+  whole = jnp.moveaxis(blocks[:-1], 0, 3)
+  whole = whole.reshape(*whole.shape[:3], -1, *whole.shape[5:])
+  # The last block begins earlier if it is ragged.
+  rest = length - whole.shape[3]
+  return jnp.concatenate([whole, blocks[-1][:, :, :, size - rest :]], axis=3)
+
+
+def _join_rows(blocks):
+  return blocks.reshape(-1, *blocks.shape[2:])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(plan, query, key, value, call):
+  return _forward(plan, query, key, value, call)[0]
+
+
+def _attention_fwd(plan, query, key, value, call):
+  output, lse = _forward(plan, query, key, value, call)
+  return output, (query, key, value, call, output, lse)
+
+
+def _attention_bwd(plan, saved, d_output):
+  query, key, value, call, output, lse = saved
+  f32 = jnp.float32
+  # Each query's Σ weight · d_weight, from its output alone (Dao et al. 2022).
+  delta = (d_output.astype(f32) * output.astype(f32)).sum(-1)
+  blocks = range(len(plan.ranges))
+
+  def row_step(carry, row):
+    rows = _take_row_block(plan, row, query, key, value, d_output, lse, delta)
+    all_q, all_k, all_v, all_do, all_lse, all_delta = rows
+    zeros = (jnp.zeros(all_k.shape, f32), jnp.zeros(all_v.shape, f32), carry)
+
+    def query_step(carry, number):
+      start, done = _block(number, plan.tiles.queries, plan.num_query)
+      q, d_out, own_lse, own_delta = (
+        batching.take_block(x, start, plan.tiles.queries, 3)
+        for x in (all_q, all_do, all_lse, all_delta)
+      )
+      if done is not None:
+        # Queries of the block before: weights of zero.
+        fresh = start + jnp.arange(plan.tiles.queries) >= done
+        own_lse = jnp.where(fresh, own_lse, jnp.inf)
+
+      def key_step(number, carry):
+        dq, (dk, dv, d_bias) = carry
+        at, key_done = _block(number, plan.tiles.keys, plan.num_key)
+        k, v = (
+          batching.take_block(x, at, plan.tiles.keys, 2) for x in (all_k, all_v)
+        )
+        tile = _Tile(row, start, at, done, key_done)
+        dq_, dk_, dv_, d_logits = _tile_gradients(
+          plan, call, q, k, v, d_out, own_lse, own_delta, tile
+        )
+        dk, dv = (_add_block(x, y, at, 2) for x, y in ((dk, dk_), (dv, dv_)))
+        if call.bias is not None:
+          flat = d_logits.reshape(len(d_logits), -1, *d_logits.shape[3:])
+          d_bias = call.bias.add_gradient(
+            d_bias, flat, plan.batch, row, start, at
+          )
+        return dq + dq_, (dk, dv, d_bias)
+
+      dq, carry = _fold_keys(plan, key_step, number, (0.0, carry))
+      return carry, dq
+
+    (dk, dv, carry), dq = _scan(query_step, zeros, blocks)
+    return carry, (
+      _join(plan, dq).astype(query.dtype),
+      dk.astype(key.dtype),
+      dv.astype(value.dtype),
+    )
+
+  d_bias = None if call.bias is None else call.bias.zero_gradient()
+  d_bias, grads = _scan(row_step, d_bias, plan.row_starts)
+  dq, dk, dv = map(_join_rows, grads)
+  if call.bias is not None:
+    d_bias = call.bias.finish_gradient(d_bias)
+  d_sinks = None
+  if call.sinks is not None:
+    sinks = call.sinks.astype(f32).reshape(*lse.shape[1:3], 1)
+    d_sinks = -(jnp.exp(sinks - lse) * delta).sum((0, 3))
+    d_sinks = d_sinks.reshape(call.sinks.shape).astype(call.sinks.dtype)
+  d_call = dataclasses.replace(
+    call, bias=d_bias, sinks=d_sinks, mask=None, dropout=None
+  )
+  return dq, dk, dv, d_call
+
+
+def _tile_gradients(plan, call, q, k, v, do, lse, delta, tile):
+  """Gradients of a tile's query, key, value and biased logits."""
+  logits, capped = _logits(plan, call, q, k, tile)
+  weights = jnp.exp(logits - lse[..., None])
+  d_weights = _product(do, v.swapaxes(-1, -2))
+  used = weights
+  if call.dropout is not None:
+    factor = _dropped(plan, call, weights.shape, tile)
+    used, d_weights = weights * factor, d_weights * factor
+  dv = _reduce_queries(used, do)
+  d_logits = weights * (d_weights - delta[..., None])
+  d_products = d_logits * call.scale
+  if call.logit_cap is not None:
+    d_products *= 1 - jnp.square(capped / call.logit_cap)
+  dq = _product(d_products, k)
+  dk = _reduce_queries(d_products, q)
+  return dq, dk, dv, d_logits
+
+
+def _reduce_queries(weights, x):
+  """Σ over queries and the heads that share a key: [r, g, k, c]."""
+  r, g, p, q, k = weights.shape
+  return jnp.einsum(
+    'rgqk,rgqc->rgkc',
+    weights.reshape(r, g, p * q, k).astype(x.dtype),
+    x.reshape(r, g, p * q, -1),
+    preferred_element_type=jnp.float32,
+  )
+
+
+def _add_block(whole, block, start, axis):
+  if whole.shape == block.shape:
+    return whole + block
+  size = block.shape[axis]
+  old = lax.dynamic_slice_in_dim(whole, start, size, axis)
+  return lax.dynamic_update_slice_in_dim(whole, old + block, start, axis)
+
+
+_attention.defvjp(_attention_fwd, _attention_bwd)
