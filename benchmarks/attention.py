@@ -16,6 +16,7 @@ import sys
 del sys.path[0]
 
 import argparse
+import random
 import statistics
 import time
 
@@ -133,8 +134,10 @@ def jax_peer(function, arrays, mask, is_gradient):
 def measure(peers, rounds):
   """Seconds of each peer, a list a round, taking turns."""
   times = {name: [] for name in peers}
+  order, rng = list(peers.items()), random.Random(0)
   for n in range(rounds + 1):  # the first to warm up
-    for name, run in peers.items():
+    rng.shuffle(order)  # who comes before whom matters to caches
+    for name, run in order:
       start = time.perf_counter()
       run()
       if n:

@@ -8,6 +8,12 @@ scaled_dot_product_attention. All take turns, some steps each, in one process;
 printed are medians of the rounds, and the median of the rounds' ratios.
 """
 
+# ruff: noqa: E402
+import sys
+
+# attention.py beside this script would be found in the library's place.
+del sys.path[0]
+
 import argparse
 import statistics
 import time

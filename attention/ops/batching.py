@@ -2,7 +2,6 @@
 
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -51,7 +50,7 @@ def take_rows(array, trailing: int, batch: tuple, start, count: int):
   return flat[lax.dynamic_slice_in_dim(jnp.asarray(numbers), start, count)]
 
 
-def take_block(array, start, size: int, axis: int) -> jax.Array:
+def take_block(array, start, size: int, axis: int):
   """A block of an axis; an axis of one position stands for all of them."""
   if array.shape[axis] == 1 or (
     isinstance(start, int) and start == 0 and size == array.shape[axis]

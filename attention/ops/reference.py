@@ -18,7 +18,8 @@ def logits(
   """Scaled, capped, biased and masked logits in float32."""
   *batch, num_query, num_heads, size = query.shape
   num_key, num_groups = key.shape[-3:-1]
-  query = query.reshape(*batch, num_query, num_groups, -1, size)
+  shared = num_heads // num_groups
+  query = query.reshape(*batch, num_query, num_groups, shared, size)
   products = jnp.einsum(
     '...qgrd,...kgd->...grqk',
     query,
@@ -57,6 +58,7 @@ def attention(
   """softmax(query keyᵀ · scale + bias) value (Vaswani et al. 2017, eq. 1)."""
   *batch, num_query, num_heads, _ = query.shape
   num_key, num_groups = key.shape[-3:-1]
+  shared = num_heads // num_groups
   pattern = weights(logits(query, key, call), call)
   if call.dropout is not None:
     rows = jnp.arange(math.prod((*batch, num_heads)))
@@ -66,10 +68,10 @@ def attention(
   pattern = pattern.astype(value.dtype)
   output = jnp.einsum(
     '...grqk,...kge->...qgre',
-    pattern.reshape(*batch, num_groups, -1, num_query, num_key),
+    pattern.reshape(*batch, num_groups, shared, num_query, num_key),
     value,
     preferred_element_type=jnp.float32,
-  ).reshape(*batch, num_query, num_heads, -1)
+  ).reshape(*batch, num_query, num_heads, value.shape[-1])
   if call.mask is not None:
     # A query that may see no key gets zeros, and passes no gradient on.
     seen = call.mask.to_array(num_query, num_key).any(-1)  # [*b, h, q]

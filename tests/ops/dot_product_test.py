@@ -165,7 +165,11 @@ class TestReference(Contract):
   implementation = 'reference'
 
 
-def test_default_is_among_the_known_ones(qkv, assert_close):
+class TestChunked(Contract):
+  implementation = 'chunked'
+
+
+def test_default_serves_every_call(qkv, assert_close):
   assert_close(attention.dot_product_attention(*qkv), _exact(*qkv))
 
 
