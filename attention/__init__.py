@@ -2,7 +2,9 @@
 
 from attention.modules.multihead import MultiHeadAttention
 from attention.modules.transformer import TransformerBlock
+from attention.ops.biases import alibi, relative_buckets
 from attention.ops.dot_product import (
+  attention_weights,
   dot_product_attention,
   explain,
   self_attention,
@@ -15,8 +17,11 @@ __all__ = [
   'Mask',
   'MultiHeadAttention',
   'TransformerBlock',
+  'alibi',
+  'attention_weights',
   'dot_product_attention',
   'explain',
+  'relative_buckets',
   'self_attention',
   'sinusoidal',
   'stable_softmax',

@@ -4,8 +4,9 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from attention.ops import chunked, reference
+from attention.ops import chunked, reference, weights
 from attention.ops.biases import ArrayBias, Bias
 from attention.ops.call import Call
 from attention.ops.dropout import Dropout
@@ -53,7 +54,8 @@ def dot_product_attention(
     key: [*b, k, g, d]; g divides h: each key head serves h / g query heads.
     value: [*b, k, g, e].
     bias: added to the logits: [h, q, k], or of the logits' rank and
-      broadcastable to [*b, h, q, k].
+      broadcastable to [*b, h, q, k]; or a description: `alibi`,
+      `relative_buckets`.
     mask: True = may attend: a `Mask`, or a boolean array, [q, k] or of the
       logits' rank and broadcastable to [*b, h, q, k].
     is_causal: query i sees keys j <= i; joined with `mask` by AND.
@@ -63,8 +65,8 @@ def dot_product_attention(
       (OpenAI 2025, gpt-oss model card).
     dropout_rate: probability of dropping a weight, in [0, 1).
     dropout_rng: a key of `jax.random`; needed if dropout_rate > 0.
-    implementation: a name ('reference', 'fused'), names in order of
-      preference, or None: the best that serves the call.
+    implementation: a name ('chunked', 'reference', 'fused'), names in order
+      of preference, or None: the best that serves the call.
 
   Returns:
     [*b, q, h, e] in the dtype of `query`.
@@ -127,6 +129,45 @@ def explain(query, key, value, **arguments) -> list:
   return told
 
 
+def attention_weights(query, key, *, heads=None, queries=None, **arguments):
+  """softmax(query keyᵀ · scale + bias): the pattern, of some heads and queries.
+
+  Only what is asked for is computed: rows of a pattern too large to hold. Rows
+  sum to 1; to less with sinks; to 0 where a query may see no key.
+
+  Args:
+    query: [*b, q, h, d].
+    key: [*b, k, g, d].
+    heads: numbers of the heads wanted; all by default.
+    queries: positions of the queries wanted; all by default.
+    **arguments: bias, mask, is_causal, scale, logit_cap and sinks of
+      `dot_product_attention`.
+
+  Returns:
+    [*b, heads, queries, k] float32.
+
+  Raises:
+    ValueError: as `dot_product_attention`; a head or query that isn't there.
+  """
+  query, key, _, call = _check(query, key, key, **arguments)
+  heads = _select('heads', heads, query.shape[-2])
+  queries = _select('queries', queries, query.shape[-3])
+  return weights.attention_weights(query, key, call, heads, queries)
+
+
+def _select(name, numbers, count):
+  if numbers is None:
+    return np.arange(count)
+  chosen = np.atleast_1d(np.asarray(numbers))
+  is_int = np.issubdtype(chosen.dtype, np.integer)
+  if chosen.ndim != 1 or not is_int or not len(chosen):
+    raise ValueError(f'{name}: expected ints, got {numbers!r}')
+  wrong = chosen[(chosen < -count) | (chosen >= count)]
+  if len(wrong):
+    raise ValueError(f'{name}: expected 0 to {count - 1}, got {wrong.tolist()}')
+  return chosen % count
+
+
 def self_attention(x):
   """softmax(x xᵀ) x: attention in its basic form, without parameters.
 
@@ -143,8 +184,8 @@ def self_attention(x):
   if x.ndim < 2:
     raise ValueError(f'x: expected [*b, t, m], got shape {x.shape}')
   _check_float('x', x)
-  weights = stable_softmax(jnp.einsum('...qm,...km->...qk', x, x))
-  return jnp.einsum('...qk,...km->...qm', weights, x)
+  pattern = stable_softmax(jnp.einsum('...qm,...km->...qk', x, x))
+  return jnp.einsum('...qk,...km->...qm', pattern, x)
 
 
 def _names(implementation):

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 from attention.ops.call import Call
 
 # Finite, so that a row of nothing but masked logits has no NaN in it.
-_MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
+MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 
 
 def logits(
@@ -32,17 +32,17 @@ def logits(
   if call.bias is not None:
     x = x + call.bias.to_array(num_query, num_key).astype(jnp.float32)
   if call.mask is not None:
-    x = jnp.where(call.mask.to_array(num_query, num_key), x, _MASKED)
+    x = jnp.where(call.mask.to_array(num_query, num_key), x, MASKED)
   return x
 
 
-def weights(
-  logits: Float[Array, '*b h q k'], call: Call
+def softmax(
+  logits: Float[Array, '*b h q k'], sinks: Float[Array, 'h'] | None
 ) -> Float[Array, '*b h q k']:
-  """Softmax over keys; with sinks, over keys and the sink."""
-  if call.sinks is None:
+  """Softmax over keys; with sinks, over keys and the head's sink."""
+  if sinks is None:
     return jax.nn.softmax(logits)
-  sinks = call.sinks.astype(jnp.float32)[:, None, None]
+  sinks = sinks.astype(jnp.float32)[:, None, None]
   top = jnp.maximum(logits.max(-1, keepdims=True), sinks)
   top = jax.lax.stop_gradient(top)
   exp = jnp.exp(logits - top)
@@ -59,7 +59,7 @@ def attention(
   *batch, num_query, num_heads, _ = query.shape
   num_key, num_groups = key.shape[-3:-1]
   shared = num_heads // num_groups
-  pattern = weights(logits(query, key, call), call)
+  pattern = softmax(logits(query, key, call), call.sinks)
   if call.dropout is not None:
     rows = jnp.arange(math.prod((*batch, num_heads)))
     pattern *= call.dropout.factor(
