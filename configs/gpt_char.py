@@ -10,10 +10,11 @@
 | debug | 2 × 2 × 16, 16, 4, 30 | 8 k |
 
 Default size, Tiny Shakespeare (sha256 86c4e6aa…, --config.data.path=input.txt):
-1.764 nats per character on the whole last tenth, after 1 min 32 s at about
-20,000 tokens/s (2.173 at step 500, 1.959 at 1,000). nanoGPT quotes 1.88 for
-this size and budget. Its peak learning rate is 1e-3; 3e-3 gives 1.767 here,
-6e-3 with a decay to 1% 1.771, 1e-2 likewise 1.767.
+1.770 nats per character on the whole last tenth (2.177 at step 500, 1.952 at
+1,000); 1.764 with implementation='reference', whose sums round differently, in
+1 min 32 s at about 20,000 tokens/s. nanoGPT quotes 1.88 for this size and
+budget. A peak learning rate of 3e-3 gives 1.767, 6e-3 with a decay to 1% 1.771,
+1e-2 likewise 1.767: all within the noise of one run.
 
 Default size and text (Python 3.11's standard library): 1.640 nats per
 character, 1 min 52 s.
