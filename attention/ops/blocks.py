@@ -92,14 +92,13 @@ class _Tile:
   """Where a tile lies. Starts may be traced.
 
   Blocks at the ragged end begin earlier, so that all have one size; what they
-  share with the block before is `done`, and counts there alone.
+  share with the block before counts there alone.
   """
 
   row: object
   query: object
   key: object
-  query_done: object  # queries below it belong to the block before; None: none
-  key_done: object
+  key_done: object  # keys below it belong to the block before; None: none
 
 
 def _block(number, size, length):
@@ -227,7 +226,7 @@ def _forward(plan, query, key, value, call):
     rows = _take_row_block(plan, row, query, key, value)
 
     def query_step(_, number):
-      start, done = _block(number, plan.tiles.queries, plan.num_query)
+      start, _ = _block(number, plan.tiles.queries, plan.num_query)
       q = batching.take_block(rows[0], start, plan.tiles.queries, 3)
 
       def key_step(number, carry):
@@ -235,7 +234,7 @@ def _forward(plan, query, key, value, call):
         k, v = (
           batching.take_block(x, at, plan.tiles.keys, 2) for x in rows[1:]
         )
-        tile = _Tile(row, start, at, done, key_done)
+        tile = _Tile(row, start, at, key_done)
         return _absorb(plan, call, carry, q, k, v, tile)
 
       output, lse = _finish(call, *_fold_keys(plan, key_step, number, None))
@@ -303,7 +302,7 @@ def _attention_bwd(plan, saved, d_output):
         k, v = (
           batching.take_block(x, at, plan.tiles.keys, 2) for x in (all_k, all_v)
         )
-        tile = _Tile(row, start, at, done, key_done)
+        tile = _Tile(row, start, at, key_done)
         dq_, dk_, dv_, d_logits = _tile_gradients(
           plan, call, q, k, v, d_out, own_lse, own_delta, tile
         )
