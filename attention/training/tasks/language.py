@@ -1,8 +1,6 @@
-"""Tasks: what a run trains. Each gives a loss, an evaluation, its batches."""
+"""Next-token prediction on a text."""
 
 import functools
-import json
-import pathlib
 
 import haiku as hk
 import jax
@@ -15,7 +13,7 @@ from attention.models.losses import cross_entropy
 
 
 class Language:
-  """Next-token prediction on a text, by a GPT."""
+  """A GPT that learns to continue a text."""
 
   def __init__(self, vocabulary, model: dict, data: language.Text | None):
     """See `create` and `load`; `data` is None where nothing is trained."""
@@ -158,30 +156,3 @@ class Language:
     return jax.jit(
       sample, static_argnames=('num_tokens', 'temperature', 'top_k')
     )
-
-
-_TASKS = {'language': Language}
-
-
-def create(config):
-  """The task that a config asks for, with its data.
-
-  Raises:
-    ValueError: an unknown task, or data or a model that don't fit.
-    OSError: data that can't be read.
-  """
-  return _find(config).create(config)
-
-
-def load(config, workdir: pathlib.Path):
-  """The task of a finished or interrupted run, without its data."""
-  record = json.loads((workdir / 'data.json').read_text())
-  return _find(config).load(config, record)
-
-
-def _find(config):
-  if config.task not in _TASKS:
-    raise ValueError(
-      f'task: expected one of {sorted(_TASKS)}, got {config.task!r}'
-    )
-  return _TASKS[config.task]

@@ -1,0 +1,32 @@
+"""Tasks: what a run trains. Each gives a loss, an evaluation, its batches."""
+
+import json
+import pathlib
+
+from attention.training.tasks.language import Language
+
+_TASKS = {'language': Language}
+
+
+def create(config):
+  """The task that a config asks for, with its data.
+
+  Raises:
+    ValueError: an unknown task, or data or a model that don't fit.
+    OSError: data that can't be read.
+  """
+  return _find(config).create(config)
+
+
+def load(config, workdir: pathlib.Path):
+  """The task of a finished or interrupted run, without its data."""
+  record = json.loads((workdir / 'data.json').read_text())
+  return _find(config).load(config, record)
+
+
+def _find(config):
+  if config.task not in _TASKS:
+    raise ValueError(
+      f'task: expected one of {sorted(_TASKS)}, got {config.task!r}'
+    )
+  return _TASKS[config.task]
