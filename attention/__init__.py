@@ -4,24 +4,27 @@ from attention.modules.multihead import MultiHeadAttention
 from attention.modules.transformer import TransformerBlock
 from attention.ops.biases import alibi, relative_buckets
 from attention.ops.dot_product import (
+  additive_attention,
   attention_weights,
   dot_product_attention,
   explain,
   self_attention,
 )
 from attention.ops.masks import Mask
-from attention.ops.positions import sinusoidal
+from attention.ops.positions import rotary, sinusoidal
 from attention.ops.softmax import stable_softmax
 
 __all__ = [
   'Mask',
   'MultiHeadAttention',
   'TransformerBlock',
+  'additive_attention',
   'alibi',
   'attention_weights',
   'dot_product_attention',
   'explain',
   'relative_buckets',
+  'rotary',
   'self_attention',
   'sinusoidal',
   'stable_softmax',

@@ -34,6 +34,19 @@ class LayerNorm(hk.Module):
     return (normalise(x.astype(jnp.float32)) * scale + offset).astype(x.dtype)
 
 
+class RMSNorm(hk.Module):
+  """x / √(mean of x²) · scale over the last axis (Zhang & Sennrich 2019).
+
+  In float32; the output has the dtype of the input.
+  """
+
+  def __call__(self, x):
+    scale = hk.get_parameter('scale', x.shape[-1:], x.dtype, jnp.ones)
+    exact = x.astype(jnp.float32)
+    squares = jnp.square(exact).mean(-1, keepdims=True)
+    return (exact * jax.lax.rsqrt(squares + _EPSILON) * scale).astype(x.dtype)
+
+
 _EPSILON = 1e-5
 
 

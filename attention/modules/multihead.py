@@ -1,12 +1,23 @@
 """Multi-head attention (Vaswani et al. 2017, section 3.2.2)."""
 
 import dataclasses
+import math
 
 import haiku as hk
 import jax.numpy as jnp
 
-from attention.modules.layers import Linear
-from attention.ops.dot_product import dot_product_attention
+from attention.modules.layers import Linear, RMSNorm
+from attention.ops import similarity
+from attention.ops.dot_product import (
+  additive_attention,
+  dot_product_attention,
+)
+from attention.ops.positions import rotary
+
+_KNOWN = {
+  'similarity': ('scaled_dot', 'dot', 'cosine', 'general', 'additive'),
+  'value_factorisation': ('low_rank', 'full'),
+}
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
@@ -17,6 +28,11 @@ class MultiHeadAttention(hk.Module):
   `query/{w,b}` (m, h·d), `key/{w,b}` (m, g·d), `value/{w,b}` (m, g·e) and
   `linear/{w,b}` (h·e, m); with `fused_qkv`, one `qkv/{w,b}` holds the first
   three side by side.
+
+  A similarity may have a parameter of its own, `similarity_w`: 'general' a
+  matrix (h, d, d), 'additive' a vector (h, d). With `value_factorisation`
+  'full' each head has a map of the whole width, `value/{w,b}` (m, g·m), and the
+  heads are summed; there is no `linear`.
   """
 
   num_heads: int
@@ -24,6 +40,11 @@ class MultiHeadAttention(hk.Module):
   key_size: int | None = None  # channels a head; width / num_heads by default
   value_size: int | None = None  # channels a value head; key_size by default
   model_size: int | None = None  # width of the output; the query's by default
+  similarity: str = 'scaled_dot'  # or dot, cosine, general, additive
+  scale: float | None = None  # of the logits; the similarity's by default
+  with_qk_norm: bool = False  # RMS norm of each head's queries and keys
+  with_rotary: bool = False  # queries and keys turned by their positions
+  value_factorisation: str = 'low_rank'  # or 'full': see above
   fused_qkv: bool = False  # one projection for query, key and value
   with_bias: bool = True  # biases of query, key and value projections
   with_output_bias: bool = True
@@ -41,6 +62,7 @@ class MultiHeadAttention(hk.Module):
     *,
     mask=None,
     bias=None,
+    positions=None,
     is_training: bool = False,
   ):
     """Attends from `query` to `key`.
@@ -51,33 +73,46 @@ class MultiHeadAttention(hk.Module):
       value: [*b, k, m'']; `key` by default.
       mask: see `dot_product_attention`, as `bias`.
       bias: added to the logits.
+      positions: of the queries, and of the keys if they come from the same
+        array, for rotary codes: [q] or [*b, q]; counted from 0 by default.
       is_training: whether attention weights are dropped.
 
     Returns:
       [*b, q, model_size] in the dtype of `query`.
 
     Raises:
-      ValueError: widths and heads that don't divide, or shapes that don't fit.
+      ValueError: widths and heads that don't divide, shapes that don't fit,
+        fields with values that aren't known.
     """
+    self._check(positions)
+    is_self = key is None or key is query
     key = query if key is None else key
     value = key if value is None else value
-    q, k, v = self._project(query, key, value)
+    model_size = self.model_size or query.shape[-1]
+    q, k, v = self._project(query, key, value, model_size)
+    q, k = self._encode(q, k, positions, is_self)
     heads = self.attend(q, k, v, mask=mask, bias=bias, is_training=is_training)
+    if self.value_factorisation == 'full':
+      return heads.sum(-2)
     flat = heads.reshape(*heads.shape[:-2], -1)
     return Linear(
-      query.shape[-1] if self.model_size is None else self.model_size,
+      model_size,
       with_bias=self.with_output_bias,
       w_init=self.output_w_init or self.w_init,
       name='linear',
     )(flat)
 
   def attend(self, query, key, value, *, mask, bias, is_training):
-    """softmax(query keyᵀ / √d) value: [*b, q, h, d] → [*b, q, h, e].
+    """softmax(similarity(query, key)) value: [*b, q, h, d] → [*b, q, h, e].
 
     All attention goes through here, for `hk.intercept_methods` to see.
     """
     is_dropping = is_training and self.dropout_rate > 0
-    return dot_product_attention(
+    query, key, arguments = self.compare(query, key)
+    attention = (
+      additive_attention if 'vector' in arguments else dot_product_attention
+    )
+    return attention(
       query,
       key,
       value,
@@ -86,11 +121,69 @@ class MultiHeadAttention(hk.Module):
       dropout_rate=self.dropout_rate if is_dropping else 0.0,
       dropout_rng=hk.next_rng_key() if is_dropping else None,
       implementation=self.implementation,
+      **arguments,
     )
 
   @hk.transparent
-  def _project(self, query, key, value):
-    key_size, value_size = self._head_sizes(query.shape[-1])
+  def compare(self, query, key):
+    """The similarity as (query, key, further arguments) of the core function.
+
+    Whatever asks `attention_weights` for the pattern asks this first.
+    """
+    *_, num_heads, size = query.shape
+    if self.similarity == 'additive':
+      init = hk.initializers.RandomNormal(1 / math.sqrt(size))
+      vector = hk.get_parameter(
+        'similarity_w', (num_heads, size), query.dtype, init
+      )
+      scale = 1.0 if self.scale is None else self.scale
+      return query, key, {'vector': vector, 'scale': scale}
+    if self.similarity == 'general':
+      # Begins as the scaled dot product.
+      weight = hk.get_parameter(
+        'similarity_w',
+        (num_heads, size, size),
+        query.dtype,
+        lambda shape, dtype: jnp.broadcast_to(
+          jnp.eye(size, dtype=dtype) / math.sqrt(size), shape
+        ),
+      )
+      query, key, scale = similarity.general(query, key, weight)
+    else:
+      query, key, scale = getattr(similarity, self.similarity)(query, key)
+    return query, key, {'scale': scale if self.scale is None else self.scale}
+
+  @hk.transparent
+  def _encode(self, query, key, positions, is_self):
+    """Norms and rotary codes of queries and keys [*b, t, h, d]."""
+    if self.with_qk_norm:
+      query, key = RMSNorm('query_norm')(query), RMSNorm('key_norm')(key)
+    if self.with_rotary:
+      if positions is None:
+        positions = jnp.arange(query.shape[-3])
+      of_keys = positions if is_self else jnp.arange(key.shape[-3])
+      query, key = rotary(query, positions), rotary(key, of_keys)
+    return query, key
+
+  def _check(self, positions):
+    for field, known in _KNOWN.items():
+      if getattr(self, field) not in known:
+        raise ValueError(
+          f'{field}: expected one of {known}, got {getattr(self, field)!r}'
+        )
+    if self.value_factorisation == 'full' and self.value_size is not None:
+      raise ValueError(
+        "value_size: expected None with value_factorisation='full', whose "
+        f'values have the width of the output, got {self.value_size}'
+      )
+    if positions is not None and not self.with_rotary:
+      raise ValueError(
+        'positions: expected None without rotary codes; set with_rotary=True'
+      )
+
+  @hk.transparent
+  def _project(self, query, key, value, model_size):
+    key_size, value_size = self._head_sizes(query.shape[-1], model_size)
     num_kv_heads = self.num_kv_heads or self.num_heads
     heads = (self.num_heads, num_kv_heads, num_kv_heads)
     sizes = (key_size, key_size, value_size)
@@ -130,7 +223,7 @@ class MultiHeadAttention(hk.Module):
       return jnp.split(qkv(query), splits, axis=-1)
     return [jnp.split(qkv(x), splits, axis=-1)[i] for i, x in enumerate(inputs)]
 
-  def _head_sizes(self, width):
+  def _head_sizes(self, width, model_size):
     num_kv_heads = self.num_kv_heads or self.num_heads
     if self.num_heads % num_kv_heads:
       raise ValueError(
@@ -143,4 +236,6 @@ class MultiHeadAttention(hk.Module):
         f'{self.num_heads}; change either, or set key_size'
       )
     key_size = self.key_size or width // self.num_heads
+    if self.value_factorisation == 'full':
+      return key_size, model_size
     return key_size, self.value_size or key_size

@@ -25,6 +25,7 @@ class Dropout:
 
   seed: object  # [2] uint32
   rate: float = dataclasses.field(metadata={'static': True})
+  start: object = 0  # number of the first query
 
   @classmethod
   def create(cls, rng, rate: float) -> 'Dropout':
@@ -41,7 +42,8 @@ class Dropout:
       num_key: keys in the block.
     """
     row = _mix(jnp.asarray(row).astype(jnp.uint32) + self.seed[0])
-    queries = (query + jnp.arange(num_query)).astype(jnp.uint32)
+    queries = self.start + query + jnp.arange(num_query)
+    queries = queries.astype(jnp.uint32)
     keys = (key + jnp.arange(num_key)).astype(jnp.uint32)
     line = _mix((row[..., None] ^ queries) + self.seed[1])
     bits = _mix(line[..., None] ^ _mix(keys + self.seed[0]))

@@ -28,3 +28,43 @@ def sinusoidal(length: int, size: int, base: float = 10_000.0) -> jax.Array:
   frequencies = base ** (-(channels // 2 * 2) / size)
   angles = jnp.arange(length)[:, None] * frequencies
   return jnp.where(channels % 2 == 0, jnp.sin(angles), jnp.cos(angles))
+
+
+def rotary(x, positions, base: float = 10_000.0):
+  """Rotates pairs of channels by the position (Su et al. 2021, equation 34).
+
+  Channels 2i and 2i + 1 are a point in the plane, turned by the angle
+  position / base^(2i / d). The dot product of a rotated query and a rotated key
+  depends on positions by their difference alone.
+
+  Args:
+    x: [*b, t, h, d] queries or keys, d even.
+    positions: [t] or [*b, t] numbers.
+    base: the slowest pair turns once in about 2π · base positions.
+
+  Returns:
+    [*b, t, h, d] in the dtype of `x`; the angles are in float32.
+
+  Raises:
+    ValueError: an odd d, or positions that don't fit.
+  """
+  x, positions = jnp.asarray(x), jnp.asarray(positions)
+  size = x.shape[-1]
+  if size % 2:
+    raise ValueError(f'x: expected an even number of channels, got {size}')
+  expected = x.shape[:-2]  # [*b, t]
+  fits = 0 < positions.ndim <= len(expected) and all(
+    p in (1, n)
+    for p, n in zip(positions.shape, expected[-positions.ndim :], strict=True)
+  )
+  if not fits:
+    raise ValueError(
+      f'positions: expected a shape broadcastable to [*b, t] = {expected}, '
+      f'got {positions.shape}'
+    )
+  frequencies = base ** (-jnp.arange(0, size, 2) / size)
+  angles = positions[..., None, None].astype(jnp.float32) * frequencies
+  cos, sin = jnp.cos(angles), jnp.sin(angles)
+  even, odd = (x[..., i::2].astype(jnp.float32) for i in (0, 1))
+  pairs = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+  return pairs.reshape(x.shape).astype(x.dtype)

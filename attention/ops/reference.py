@@ -12,21 +12,35 @@ from attention.ops.call import Call
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 
 
-def logits(
+def products(
   query: Float[Array, '*b q h d'], key: Float[Array, '*b k g d'], call: Call
 ) -> Float[Array, '*b h q k']:
-  """Scaled, capped, biased and masked logits in float32."""
+  """How alike queries and keys are, in float32: dot products, or additive."""
   *batch, num_query, num_heads, size = query.shape
   num_key, num_groups = key.shape[-3:-1]
   shared = num_heads // num_groups
   query = query.reshape(*batch, num_query, num_groups, shared, size)
-  products = jnp.einsum(
-    '...qgrd,...kgd->...grqk',
-    query,
-    key,
-    preferred_element_type=jnp.float32,
-  )
-  x = products.reshape(*batch, num_heads, num_query, num_key) * call.scale
+  if call.vector is None:
+    x = jnp.einsum(
+      '...qgrd,...kgd->...grqk',
+      query,
+      key,
+      preferred_element_type=jnp.float32,
+    )
+  else:
+    query, key = query.astype(jnp.float32), key.astype(jnp.float32)
+    hidden = jnp.tanh(query[..., None, :, :, :] + key[..., None, :, :, None, :])
+    vector = call.vector.reshape(num_groups, shared, size)
+    x = jnp.einsum('...qkgrd,grd->...grqk', hidden, vector.astype(jnp.float32))
+  return x.reshape(*batch, num_heads, num_query, num_key)
+
+
+def logits(
+  query: Float[Array, '*b q h d'], key: Float[Array, '*b k g d'], call: Call
+) -> Float[Array, '*b h q k']:
+  """Scaled, capped, biased and masked logits in float32."""
+  num_query, num_key = query.shape[-3], key.shape[-3]
+  x = products(query, key, call) * call.scale
   if call.logit_cap is not None:
     x = call.logit_cap * jnp.tanh(x / call.logit_cap)
   if call.bias is not None:

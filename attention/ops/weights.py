@@ -1,5 +1,6 @@
 """Attention's pattern: the weights themselves, of chosen heads and queries."""
 
+import dataclasses
 import math
 
 import jax
@@ -17,10 +18,9 @@ def attention_weights(query, key, call: Call, heads, queries):
   heads = np.asarray(heads)
   query = query[..., queries, :, :][..., heads, :]
   key = key[..., heads // (num_heads // num_groups), :]
-  x = jnp.einsum(
-    '...qhd,...khd->...hqk', query, key, preferred_element_type=jnp.float32
-  )
-  x = batching.flatten(x, 3) * call.scale
+  if call.vector is not None:
+    call = dataclasses.replace(call, vector=call.vector[heads])
+  x = batching.flatten(reference.products(query, key, call), 3) * call.scale
   if call.logit_cap is not None:
     x = call.logit_cap * jnp.tanh(x / call.logit_cap)
 

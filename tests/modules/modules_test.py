@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import attention
-from attention.modules.layers import LayerNorm, Linear
+from attention.modules.layers import LayerNorm, Linear, RMSNorm
 
 B, T, K, M, C = 3, 5, 7, 12, 10
 
@@ -32,6 +32,7 @@ _CROSS = (
 )
 MODULES = {
   'linear': (lambda: Linear(11), [(B, T, M)], {'w', 'b'}),
+  'rms_norm': (lambda: RMSNorm(), [(B, T, M)], {'scale'}),
   'layer_norm': (lambda: LayerNorm(), [(B, T, M)], {'scale', 'offset'}),
   'multi_head': (
     lambda: attention.MultiHeadAttention(num_heads=3),
@@ -52,6 +53,35 @@ MODULES = {
     [(B, T, M)],
     {'qkv/w', 'linear/w'},
   ),
+  'multi_head_rotary_qk_norm': (
+    lambda: attention.MultiHeadAttention(
+      num_heads=3, with_rotary=True, with_qk_norm=True
+    ),
+    [(B, T, M)],
+    _QKV | {'query_norm/scale', 'key_norm/scale'},
+  ),
+  'multi_head_full_values': (
+    lambda: attention.MultiHeadAttention(
+      num_heads=4, num_kv_heads=2, value_factorisation='full', model_size=11
+    ),
+    [(B, T, M), (B, K, C)],
+    _QKV - {'linear/w', 'linear/b'},
+  ),
+  **{
+    f'multi_head_{similarity}': (
+      lambda similarity=similarity: attention.MultiHeadAttention(
+        num_heads=6, num_kv_heads=3, key_size=5, similarity=similarity
+      ),
+      [(B, T, M), (B, K, C)],
+      _QKV | parameters,
+    )
+    for similarity, parameters in {
+      'dot': set(),
+      'cosine': set(),
+      'general': {'similarity_w'},
+      'additive': {'similarity_w'},
+    }.items()
+  },
   'block_pre': (
     lambda: attention.TransformerBlock(num_heads=3),
     [(B, T, M)],

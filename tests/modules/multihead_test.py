@@ -132,3 +132,106 @@ def test_fused_projection_refuses_two_widths(arrays):
       lambda: attention.MultiHeadAttention(num_heads=3, fused_qkv=True),
       *arrays((B, T, M), (B, K, 9)),
     )
+
+
+@pytest.mark.parametrize(
+  'similarity', ['scaled_dot', 'dot', 'cosine', 'general', 'additive']
+)
+def test_similarities_are_those_of_the_formula(
+  arrays, assert_close, similarity
+):
+  (x,) = arrays((2, 5, 12))
+  layer = lambda: attention.MultiHeadAttention(  # noqa: E731
+    num_heads=3, similarity=similarity, with_bias=False, with_output_bias=False
+  )
+  params, _ = _apply(layer, x)
+  params = {name.split('/')[-1]: p for name, p in params.items()}
+  own = params.pop('multi_head_attention', {}).get('similarity_w')
+  if own is not None:
+    own = own + 0.3
+  q, k, v = (
+    np.asarray(x @ params[n]['w'], np.float64).reshape(2, 5, 3, 4)
+    for n in ('query', 'key', 'value')
+  )
+  dots = np.einsum('bqhd,bkhd->bhqk', q, k)
+  lengths = [
+    np.linalg.norm(a, axis=-1).transpose(0, 2, 1)[..., None] for a in (q, k)
+  ]
+  logits = {
+    'scaled_dot': lambda: dots / 2,
+    'dot': lambda: dots,
+    'cosine': lambda: dots / lengths[0] / lengths[1].swapaxes(-1, -2),
+    'general': lambda: np.einsum('bqhc,hcd,bkhd->bhqk', q, own, k),
+    'additive': lambda: np.einsum(
+      'bqkhd,hd->bhqk', np.tanh(q[:, :, None] + k[:, None]), own
+    ),
+  }[similarity]()
+  weights = np.asarray(jax.nn.softmax(logits))
+  heads = np.einsum('bhqk,bkhd->bqhd', weights, v).reshape(2, 5, 12)
+  expected = heads @ np.asarray(params['linear']['w'], np.float64)
+  transformed = hk.without_apply_rng(hk.transform(lambda x: layer()(x)))
+  tree = {f'multi_head_attention/{n}': p for n, p in params.items()}
+  if own is not None:
+    tree['multi_head_attention'] = {'similarity_w': own}
+  assert_close(transformed.apply(tree, x), expected.astype(np.float32))
+
+
+def test_general_begins_as_the_scaled_dot_product(arrays, assert_close):
+  (x,) = arrays((2, 5, 12))
+  fields = {'num_heads': 3}
+  _, expected = _apply(lambda: attention.MultiHeadAttention(**fields), x)
+  fields['similarity'] = 'general'
+  _, actual = _apply(lambda: attention.MultiHeadAttention(**fields), x)
+  assert_close(actual, expected)
+
+
+def test_rotary_attention_moves_with_the_positions(arrays, assert_close):
+  (x,) = arrays((2, 5, 12))
+  layer = lambda: attention.MultiHeadAttention(  # noqa: E731
+    num_heads=3, with_rotary=True
+  )
+  _, output = _apply(layer, x)
+  _, shifted = _apply(layer, x, positions=np.arange(5) + 7)
+  assert_close(shifted, output, scale=3)
+  _, stretched = _apply(layer, x, positions=np.arange(5) * 7)
+  assert np.abs(stretched - output).max() > 1e-3
+
+
+def test_full_value_maps_are_summed_over_heads(arrays, assert_close):
+  (x,) = arrays((2, 5, 12))
+  params, output = _apply(
+    lambda: attention.MultiHeadAttention(
+      num_heads=3, value_factorisation='full', with_bias=False
+    ),
+    x,
+  )
+  params = {name.split('/')[-1]: p['w'] for name, p in params.items()}
+  assert params['value'].shape == (12, 3 * 12)
+  q, k = ((x @ params[n]).reshape(2, 5, 3, 4) for n in ('query', 'key'))
+  weights = attention.attention_weights(q, k)
+  maps = params['value'].reshape(12, 3, 12)
+  expected = jnp.einsum('bhqk,bkm,mho->bqo', weights, x, maps)
+  assert_close(output, expected)
+
+
+@pytest.mark.parametrize(
+  ('fields', 'message'),
+  [
+    ({'similarity': 'dott'}, "similarity: expected one of .*got 'dott'"),
+    ({'value_factorisation': 'half'}, 'value_factorisation: expected one of'),
+    ({'value_factorisation': 'full', 'value_size': 3}, 'value_size: expected'),
+    ({'with_rotary': True, 'key_size': 3}, 'even number of channels, got 3'),
+  ],
+)
+def test_unknown_choices_are_refused(arrays, fields, message):
+  (x,) = arrays((2, 5, 12))
+  with pytest.raises(ValueError, match=message):
+    _apply(lambda: attention.MultiHeadAttention(num_heads=3, **fields), x)
+
+
+def test_positions_without_rotary_codes_are_refused(arrays):
+  (x,) = arrays((2, 5, 12))
+  with pytest.raises(ValueError, match='set with_rotary=True'):
+    _apply(
+      lambda: attention.MultiHeadAttention(num_heads=3), x, positions=[0] * 5
+    )

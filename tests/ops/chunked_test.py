@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import attention
 from attention import Mask
 from attention.ops import biases, blocks, chunked, reference, rows
-from attention.ops.dot_product import _check
+from attention.ops.checks import check
 
 B, Q, K, H, G, D, E = (2, 3), 13, 17, 6, 2, 5, 7
 _RNG = np.random.default_rng(0)
@@ -65,7 +65,7 @@ def _gradients(implementation, query, key, value, d_output, bias, sinks, **kw):
   """Output and gradients, jitted, at the highest precision."""
 
   def call(query, key, value, bias, sinks):
-    arguments = _check(query, key, value, bias=bias, sinks=sinks, **kw)
+    arguments = check(query, key, value, bias=bias, sinks=sinks, **kw)
     return implementation(*arguments)
 
   def both(*inputs):
@@ -167,7 +167,7 @@ def test_half_precision_is_near_float64(cut, dtype, assert_close):
   query = query * dtype(3)
   logits, weights = _exact_weights(query, key)
   expected = np.einsum('...hqk,...khe->...qhe', weights, value.astype(float))
-  arguments = _check(query, key, value)
+  arguments = check(query, key, value)
   assert_close(CUTS[cut](*arguments), expected, dtype)
   if dtype == jnp.bfloat16:
     coarse = jax.nn.softmax(jnp.asarray(logits).astype(dtype))
@@ -240,7 +240,7 @@ def test_memory_of_a_shared_bias_gradient_is_the_biass_own():
 def test_blocks_that_the_mask_rules_out_are_not_computed():
   def flops(mask):
     x = jax.ShapeDtypeStruct((1, 4096, 1, 8), jnp.float32)
-    arguments = jax.eval_shape(lambda x: _check(x, x, x, mask=mask), x)
+    arguments = jax.eval_shape(lambda x: check(x, x, x, mask=mask), x)
     call = arguments[-1]
     tiles = blocks.Tiles(1, 256, 256)
     ranges = blocks._ranges(call, 4096, 4096, tiles)
@@ -277,7 +277,7 @@ def test_empty_axes_are_left_to_the_reference():
 def test_chunked_chooses_by_the_size_of_a_row():
   def seen(length):
     x = jax.ShapeDtypeStruct((2, length, 2, 8), jnp.float32)
-    text = jax.jit(lambda x: chunked.attention(*_check(x, x, x))).lower(x)
+    text = jax.jit(lambda x: chunked.attention(*check(x, x, x))).lower(x)
     return 'while' in text.as_text()
 
   assert not seen(64)

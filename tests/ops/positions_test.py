@@ -33,3 +33,37 @@ def test_a_later_position_is_a_rotation_of_an_earlier_one(assert_close):
 def test_sinusoidal_refuses_empty_sizes(arguments):
   with pytest.raises(ValueError, match='expected a positive int'):
     attention.sinusoidal(*arguments)
+
+
+def test_rotary_products_depend_on_the_distance_alone(arrays, assert_close):
+  query, key = arrays((2, 5, 3, 8), (2, 5, 3, 8))
+
+  def products(shift):
+    positions = np.arange(5) + shift
+    q = attention.rotary(query, positions)
+    k = attention.rotary(key, positions)
+    return jnp.einsum('bqhd,bkhd->bhqk', q, k)
+
+  assert_close(products(0), products(1000), scale=3)
+  assert np.abs(products(0) - jnp.einsum('bqhd,bkhd->bhqk', query, key)).max()
+
+
+def test_rotary_is_a_complex_product(arrays, assert_close):
+  (x,) = arrays((2, 5, 3, 6))
+  positions = np.array([[0, 1, 5, 2, 9], [3, 3, 0, 7, 1]])
+  pairs = np.asarray(x[..., ::2]) + 1j * np.asarray(x[..., 1::2])
+  turns = positions[..., None, None] * 10_000.0 ** (-np.arange(3) / 3)
+  pairs = pairs * np.exp(1j * turns)
+  actual = attention.rotary(x, positions)
+  assert_close(actual[..., ::2], pairs.real)
+  assert_close(actual[..., 1::2], pairs.imag)
+  assert attention.rotary(x.astype(jnp.bfloat16), positions).dtype == 'bfloat16'
+
+
+def test_rotary_refuses_what_does_not_fit(arrays):
+  (x,) = arrays((2, 5, 3, 6))
+  with pytest.raises(ValueError, match='even number of channels, got 5'):
+    attention.rotary(x[..., :5], np.arange(5))
+  for shape in [(), (4,), (3, 5), (2, 5, 3)]:
+    with pytest.raises(ValueError, match='positions: expected a shape'):
+      attention.rotary(x, np.zeros(shape))

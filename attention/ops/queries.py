@@ -1,0 +1,59 @@
+"""Attention some queries at a time, for similarities that are no product.
+
+Additive similarity makes d numbers for every logit, which exist for few queries
+at once, forward and (recomputed) backward.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from attention.ops import batching, reference
+from attention.ops.call import Call
+
+_SIZE = 2**20  # numbers that exist at once, if they are of one query at least
+
+
+def attention(query, key, value, call: Call, count: int | None = None):
+  """See `additive_attention`; the arguments are checked already.
+
+  Args:
+    query: [*b, q, h, d].
+    key: [*b, k, g, d].
+    value: [*b, k, g, e].
+    call: the rest.
+    count: queries at a time; chosen by shape, given for experiments only.
+  """
+  *batch, num_query, num_heads, size = query.shape
+  rows, num_key = math.prod(batch), key.shape[-3]
+  each = rows * num_heads * num_key * size
+  count = min(count or max(1, _SIZE // each), num_query)
+  # The last ones begin earlier if they are fewer, so that all have one size.
+  blocks = -(-num_query // count)
+  starts = np.minimum(np.arange(blocks) * count, num_query - count)
+  query, key, value = (batching.flatten(x, 3) for x in (query, key, value))
+
+  @jax.checkpoint
+  def attend(query, key, value, call, start):
+    some = call.at_queries(tuple(batch), rows, start, count, num_key)
+    return reference.attention(query, key, value, some)
+
+  def step(_, block):
+    some, start = block
+    return None, attend(some, key, value, call, start)
+
+  chosen = starts[:, None] + np.arange(count)
+  _, output = lax.scan(
+    step,
+    None,
+    (jnp.moveaxis(query[:, chosen], 1, 0), jnp.asarray(starts, jnp.int32)),
+  )
+  # [blocks, rows, count, h, e] → [*b, q, h, e]
+  output = jnp.moveaxis(output, 0, 1)
+  last = output[:, -1, blocks * count - num_query :]
+  first = output[:, :-1].reshape(rows, -1, *output.shape[3:])
+  output = jnp.concatenate([first, last], axis=1)
+  return output.reshape(*batch, num_query, num_heads, -1)
