@@ -57,3 +57,13 @@ def take_block(array, start, size: int, axis: int):
   ):
     return array
   return lax.dynamic_slice_in_dim(array, start, size, axis)
+
+
+def add_block(whole, block, start):
+  """`whole` with `block` added from `start` on, an index for each axis."""
+  if whole.shape == block.shape:
+    return whole + block
+  # Starts of mixed kinds: all as int32.
+  start = [jnp.asarray(i, jnp.int32) for i in start]
+  old = lax.dynamic_slice(whole, start, block.shape)
+  return lax.dynamic_update_slice(whole, old + block, start)

@@ -9,7 +9,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from attention.ops import batching
 
@@ -84,22 +83,13 @@ class ArrayBias(Bias):
       # Rows share entries in some other pattern: one after another.
       for i in range(rows):
         at = [jnp.asarray(numbers)[row + i], *start[1:]]
-        gradient = _add_at(gradient, d_tile[i : i + 1], at)
+        gradient = batching.add_block(gradient, d_tile[i : i + 1], at)
       return gradient
-    return _add_at(gradient, d_tile, start)
+    return batching.add_block(gradient, d_tile, start)
 
   def finish_gradient(self, gradient):
     gradient = gradient.reshape(self.array.shape).astype(self.array.dtype)
     return ArrayBias(gradient)
-
-
-def _add_at(whole, block, start):
-  if whole.shape == block.shape:
-    return whole + block
-  # Starts of mixed kinds: all as int32.
-  start = [jnp.asarray(i, jnp.int32) for i in start]
-  old = lax.dynamic_slice(whole, start, block.shape)
-  return lax.dynamic_update_slice(whole, old + block, start)
 
 
 class _Relative(Bias):

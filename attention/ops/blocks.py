@@ -306,7 +306,9 @@ def _attention_bwd(plan, saved, d_output):
         dq_, dk_, dv_, d_logits = _tile_gradients(
           plan, call, q, k, v, d_out, own_lse, own_delta, tile
         )
-        dk, dv = (_add_block(x, y, at, 2) for x, y in ((dk, dk_), (dv, dv_)))
+        at_keys = (0, 0, at, 0)
+        dk = batching.add_block(dk, dk_, at_keys)
+        dv = batching.add_block(dv, dv_, at_keys)
         if call.bias is not None:
           flat = d_logits.reshape(len(d_logits), -1, *d_logits.shape[3:])
           d_bias = call.bias.add_gradient(
@@ -368,14 +370,6 @@ def _reduce_queries(weights, x):
     x.reshape(r, g, p * q, -1),
     preferred_element_type=jnp.float32,
   )
-
-
-def _add_block(whole, block, start, axis):
-  if whole.shape == block.shape:
-    return whole + block
-  size = block.shape[axis]
-  old = lax.dynamic_slice_in_dim(whole, start, size, axis)
-  return lax.dynamic_update_slice_in_dim(whole, old + block, start, axis)
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
