@@ -6,7 +6,8 @@ Peers take turns round by round; printed are medians of the times, and medians
 of the rounds' ratios, peer over ours. `einsum` is AlphaFold's attention:
 products, bias, where(mask, ·, -1e9), softmax, products. PyTorch's is
 scaled_dot_product_attention (flash) on [b, h, q, d], if torch is installed.
-Temporary memory is XLA's `memory_analysis` of the compiled program.
+Temporary memory is XLA's `memory_analysis` of the compiled program; with
+--rounds=0 it alone is shown, and nothing runs.
 """
 
 # ruff: noqa: E402
@@ -118,24 +119,26 @@ def jax_peer(function, arrays, mask, is_gradient):
   """The same in JAX, compiled; and its temporary memory in bytes."""
   *inputs, cotangent = arrays
 
-  def gradient(mask, *inputs):
-    out, vjp = jax.vjp(lambda *x: function(*x, mask), *inputs)
-    return vjp(cotangent.astype(out.dtype))
+  def gradient(mask, cotangent, *inputs):
+    _, vjp = jax.vjp(lambda *x: function(*x, mask), *inputs)
+    return vjp(cotangent)
 
-  def forward(mask, *inputs):
+  def forward(mask, _, *inputs):
     return function(*inputs, mask)
 
-  chosen = gradient if is_gradient else forward
-  compiled = jax.jit(chosen).lower(mask, *inputs).compile()
+  chosen = jax.jit(gradient if is_gradient else forward)
+  compiled = chosen.lower(mask, cotangent, *inputs).compile()
   memory = compiled.memory_analysis().temp_size_in_bytes
-  return lambda: jax.block_until_ready(compiled(mask, *inputs)), memory
+  return lambda: jax.block_until_ready(
+    compiled(mask, cotangent, *inputs)
+  ), memory
 
 
 def measure(peers, rounds):
   """Seconds of each peer, a list a round, taking turns."""
   times = {name: [] for name in peers}
   order, rng = list(peers.items()), random.Random(0)
-  for n in range(rounds + 1):  # the first to warm up
+  for n in range(rounds and rounds + 1):  # the first to warm up
     rng.shuffle(order)  # who comes before whom matters to caches
     for name, run in order:
       start = time.perf_counter()
@@ -168,7 +171,7 @@ def compare(name, is_gradient, rounds, table):
     peers[peer], memory[peer] = jax_peer(
       function, arrays, array if peer == 'einsum' else mask, is_gradient
     )
-  if torch and kind != 'window':
+  if torch and rounds and kind != 'window':
     peers['PyTorch'] = torch_peer(arrays, array, is_gradient)
   times = measure(peers, rounds)
   for peer, seconds in times.items():
@@ -177,13 +180,14 @@ def compare(name, is_gradient, rounds, table):
       name,
       'gradient' if is_gradient else 'forward',
       peer,
-      f'{statistics.median(seconds) * 1e3:.1f}',
-      f'{statistics.median(ratios):.2f}',
+      f'{statistics.median(seconds) * 1e3:.1f}' if seconds else '',
+      f'{statistics.median(ratios):.2f}' if ratios else '',
       f'{memory[peer] / 2**20:.1f}' if peer in memory else '',
       f'{memory[peer] / memory["default"]:.1f}' if peer in memory else '',
     )
   table.add_section()
-  return statistics.median(times['default']) / (shape[0] * shape[1])
+  if rounds:
+    return statistics.median(times['default']) / (shape[0] * shape[1])
 
 
 def main():
@@ -205,7 +209,7 @@ def main():
   console = Console()
   console.print(table)
   for is_gradient in (False, True):
-    if ('window32768', is_gradient) in seconds:
+    if seconds.get(('window32768', is_gradient)):
       ratio = (
         seconds['window32768', is_gradient] / seconds['window8192', is_gradient]
       )
