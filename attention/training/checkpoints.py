@@ -1,52 +1,168 @@
 """Checkpoints of a run, by orbax: checkpoints/<step>/."""
 
+import math
 import pathlib
+import shutil
+import threading
 
 import jax
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from attention.training import manifest
 
 
 class Checkpoints:
-  """Saves and restores a state {'params': …, 'optimizer': …} by step."""
+  """Saves and restores a state {'params': …, 'optimizer': …} by step.
 
-  def __init__(self, directory: pathlib.Path, num_kept: int = 3):
-    self._manager = ocp.CheckpointManager(
-      # orbax wants an absolute path.
-      directory.absolute(),
-      options=ocp.CheckpointManagerOptions(
-        max_to_keep=num_kept, create=True, cleanup_tmp_directories=True
-      ),
-    )
+  A step is written as <step>.part and gets its name when all of it and its
+  manifest are there. One that isn't as it was written is set aside, under
+  damaged/, and the one before it serves.
+  """
+
+  def __init__(self, directory: pathlib.Path, num_kept: int = 0, warn=print):
+    """Looks after a folder of checkpoints.
+
+    Args:
+      directory: made if there is something to save.
+      num_kept: how many of the newest stay, beside the best; 0: this process
+        only reads, so that nothing is saved, moved or removed.
+      warn: is told in a line what went wrong.
+    """
+    self._directory = directory.absolute()  # as orbax wants it
+    self._num_kept, self._warn = num_kept, warn
+    self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+    self._saving: threading.Thread | None = None
+    self._saved: int | None = None
+    if self._is_writer:
+      for leftover in self._directory.glob('*.part*'):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+  @property
+  def _is_writer(self):
+    return self._num_kept > 0 and jax.process_index() == 0
 
   def latest_step(self) -> int | None:
-    return self._manager.latest_step()
+    """The newest step whose files are as they were written, or None."""
+    step = self._find_newest() if jax.process_index() == 0 else None
+    if jax.process_count() > 1:
+      step = -1 if step is None else step
+      step = int(multihost_utils.broadcast_one_to_all(step))
+      step = None if step < 0 else step
+    self._saved = step
+    return step
 
-  def save(self, step: int, state: dict) -> None:
-    """Copies the state; the writing goes on in the background."""
-    if step == self.latest_step():
+  def save(self, step: int, state: dict, values: dict | None = None) -> None:
+    """Copies the state; the writing goes on in the background.
+
+    What goes wrong with the disk is told and not raised.
+
+    Args:
+      step: of the state.
+      state: a dict of trees of arrays, each part to be restored by itself.
+      values: what was measured at this step; the lowest 'eval/loss' is best.
+    """
+    if step == self._saved:
       return
-    self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        **{name: ocp.args.StandardSave(part) for name, part in state.items()}
-      ),
-      force=True,
+    self.wait()
+    part = self._directory / f'{step}.part'
+    try:
+      self._checkpointer.save(
+        part,
+        args=ocp.args.Composite(
+          **{name: ocp.args.StandardSave(tree) for name, tree in state.items()}
+        ),
+      )
+    except (OSError, ValueError, jax.errors.JaxRuntimeError) as error:
+      self._give_up(part, step, error)
+      return
+    self._saving = threading.Thread(
+      target=self._finish, args=(part, step, values or {})
     )
+    self._saving.start()
 
   def restore(self, step: int, like: dict) -> dict:
     """The state at `step`: the parts, shapes and shardings of `like`."""
-    restored = self._manager.restore(
-      step,
+    restored = self._checkpointer.restore(
+      self._directory / str(step),
       args=ocp.args.Composite(
         **{name: ocp.args.StandardRestore(part) for name, part in like.items()}
       ),
     )
     return {name: restored[name] for name in like}
 
-  def close(self) -> None:
+  def wait(self) -> None:
     """Waits until everything is on disk."""
-    self._manager.wait_until_finished()
-    self._manager.close()
+    if self._saving:
+      self._saving.join()
+      self._saving = None
+
+  def close(self) -> None:
+    """Waits until everything is on disk, and stops."""
+    self.wait()
+    self._checkpointer.close()
+
+  def _steps(self) -> list[int]:
+    names = (path.name for path in self._directory.glob('*'))
+    return sorted(int(name) for name in names if name.isdigit())
+
+  def _find_newest(self):
+    for step in reversed(self._steps()):
+      try:
+        manifest.check(self._directory / str(step))
+      except (ValueError, OSError) as error:
+        self._set_aside(step, error)
+      else:
+        return step
+    return None
+
+  def _set_aside(self, step, reason):
+    where = ''
+    if self._is_writer:
+      aside = self._directory / 'damaged'
+      aside.mkdir(exist_ok=True)
+      names = (str(step), *(f'{step}.{n}' for n in range(1, 1_000_000)))
+      target = next(t for t in map(aside.joinpath, names) if not t.exists())
+      (self._directory / str(step)).rename(target)
+      where = f'; set aside in {target}'
+    self._warn(f'warning: checkpoint {step:,} is damaged ({reason}){where}')
+
+  def _finish(self, part, step, values):
+    try:
+      self._checkpointer.wait_until_finished()
+      if self._is_writer:
+        manifest.write(part, {'step': step, 'values': values})
+        part.rename(self._directory / str(step))
+        self._remove_old()
+      self._saved = step
+    except Exception as error:  # whatever the disk, or what drives it, raises
+      self._give_up(part, step, error)
+
+  def _give_up(self, part, step, error):
+    if self._is_writer:
+      for leftover in part.parent.glob(f'{part.name}*'):
+        shutil.rmtree(leftover, ignore_errors=True)
+    last = 'there is none yet' if self._saved is None else f'{self._saved:,}'
+    reason = ' '.join(str(error).split())[:200]
+    self._warn(
+      f'warning: checkpoint {step:,} could not be written ({reason}); '
+      f'the run goes on, its last checkpoint: {last}'
+    )
+
+  def _remove_old(self):
+    steps = self._steps()
+    losses = {step: self._loss(step) for step in steps}
+    kept = {*steps[-self._num_kept :], min(steps, key=losses.get)}
+    for step in steps:
+      if step not in kept:
+        shutil.rmtree(self._directory / str(step), ignore_errors=True)
+
+  def _loss(self, step):
+    try:
+      values = manifest.read(self._directory / str(step))['values']
+    except ValueError:
+      return math.inf
+    return values.get('eval/loss', math.inf)
 
 
 def abstract(shapes, sharding):

@@ -8,6 +8,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from attention.data.language import read_text
+from attention.training.settings import Settings
 
 
 def parse(argv: list[str]) -> tuple[ConfigDict, pathlib.Path]:
@@ -81,6 +82,8 @@ def load_config(name: str) -> ConfigDict:
       f'{path}: expected get_config to return a ConfigDict, got '
       f'{type(config).__name__}'
     )
+  if isinstance(config.get('training'), ConfigDict):
+    Settings.complete(config.training)
   return config
 
 

@@ -3,25 +3,24 @@
 import contextlib
 import math
 import pathlib
-import signal
-import threading
 import time
-from concurrent import futures
 
 import jax
-import numpy as np
 
 from attention import plots
 from attention.training import (
+  lock,
   optimizers,
   records,
   sharding,
-  step,
   tasks,
 )
-from attention.training.checkpoints import Checkpoints, abstract
+from attention.training.checkpoints import Checkpoints
 from attention.training.metrics import Metrics
 from attention.training.progress import Reporter, Stopwatch
+from attention.training.settings import Settings
+from attention.training.step import Step
+from attention.training.stopping import Interrupted, StopSignals
 
 
 def train(config, workdir: pathlib.Path) -> None:
@@ -32,15 +31,19 @@ def train(config, workdir: pathlib.Path) -> None:
     workdir: where the run's files go; made if it isn't there.
 
   Raises:
-    ValueError: a config, data or workdir that don't fit; before anything is
-      compiled or written.
+    ValueError: a config, data or workdir that don't fit, or a workdir where
+      another process runs; before anything is compiled or written.
     OSError: files that can't be read or written.
   """
   prepare(config, pathlib.Path(workdir))()
 
 
-def prepare(config, workdir: pathlib.Path):
+def prepare(config, workdir: pathlib.Path, command: str = ''):
   """Checks everything that can be checked before compiling.
+
+  Args:
+    config, workdir: as `train`.
+    command: what to say that goes on with a stopped run.
 
   Returns:
     The run, a function without arguments.
@@ -48,170 +51,171 @@ def prepare(config, workdir: pathlib.Path):
   Raises:
     ValueError, OSError: as `train`.
   """
-  _check_training(config.training)
-  steps = config.training.steps
-  optimizer, schedule = optimizers.adamw(steps=steps, **config.optimizer)
+  settings = Settings.create(config.training.to_dict())
+  optimizer, schedule = optimizers.adamw(
+    steps=settings.steps, **config.optimizer
+  )
   task = tasks.create(config)
-  shapes = jax.eval_shape(lambda: step.init(task, optimizer, config.seed))
+  mesh = sharding.make_mesh(task.batch_size)
+  step = Step(task, optimizer, schedule, config.seed, mesh)
   note = records.check(workdir, config, task.record())
   if note:
     print(note)
 
   def run():
-    records.write(workdir, config, task.record())
-    with contextlib.closing(Checkpoints(workdir / 'checkpoints')) as saved:
-      _run(config, workdir, task, optimizer, schedule, shapes, saved)
+    with contextlib.ExitStack() as stack:
+      stack.enter_context(lock.held(workdir))
+      records.write(workdir, config, task.record())
+      _Run(settings, workdir, task, step, command, stack)()
 
   return run
 
 
-def _run(config, workdir, task, optimizer, schedule, shapes, checkpoints):
-  training = config.training
-  start = checkpoints.latest_step() or 0
-  with Reporter(start, training.steps) as report:
-    _introduce(report, task, shapes['params'])
-    if start >= training.steps:
-      report.say(
-        f'this run ended at step {start:,}; to go on, raise '
-        f'--config.training.steps above it ({training.steps:,} now)'
+class _Run:
+  """A run under way: its task and step, and all that is written of them."""
+
+  def __init__(self, settings, workdir, task, step, command, stack):
+    self.settings, self.workdir = settings, workdir
+    self.task, self.step, self.command = task, step, command
+    # Signals first: they are heeded until all that follows is closed.
+    self.stop = stack.enter_context(StopSignals())
+    self.report = stack.enter_context(Reporter(settings.steps))
+    self.checkpoints = stack.enter_context(
+      contextlib.closing(
+        Checkpoints(workdir / 'checkpoints', settings.num_kept, self.report.say)
       )
-      return
-    mesh = sharding.make_mesh(task.batch_size)
-    everywhere = sharding.replicated(mesh)
-
-    def place(batch):
-      return jax.device_put(batch, sharding.batched(mesh))
-
-    train_step = jax.jit(
-      step.make(task, optimizer, schedule, config.seed, mesh),
-      donate_argnums=0,
-      out_shardings=everywhere,
     )
-    like = abstract(shapes, everywhere)
-    report.say('compiling …')
-    clock = time.perf_counter()
-    lowered = train_step.lower(like, place(task.batch(start)), np.int32(start))
-    with futures.ThreadPoolExecutor() as pool:
-      compiling = pool.submit(lowered.compile)
-      if start:
-        state = checkpoints.restore(start, like)
-      else:
-        state = jax.jit(
-          lambda: step.init(task, optimizer, config.seed),
-          out_shardings=everywhere,
-        )()
-      compiled = compiling.result()
-    report.say(f'compiled in {time.perf_counter() - clock:.1f} s')
-    if start:
-      report.say(f'resumed from step {start:,}')
+    self.start = self.checkpoints.latest_step() or 0
+    self.metrics = stack.enter_context(
+      contextlib.closing(Metrics(workdir / 'metrics.jsonl', self.start))
+    )
 
-    def advance(state, n):
-      batch = place(task.batch(n))
-      return sharding.settle(mesh, compiled(state, batch, np.int32(n)))
-
-    metrics = Metrics(workdir / 'metrics.jsonl', start)
-    with contextlib.closing(metrics), _StopSignals() as signals:
-      _loop(
-        training,
-        range(start, training.steps),
-        advance,
-        state,
-        task,
-        metrics,
-        report,
-        checkpoints=checkpoints,
-        evaluate=lambda state, n: _evaluate(
-          workdir, task, state['params'], place, n, metrics, report
-        ),
-        signals=signals,
+  def __call__(self):
+    _introduce(self.report, self.task, self.step.like['params'])
+    steps = self.settings.steps
+    is_evaluated = self.metrics.has('eval/', self.start)
+    if self.start > steps or (self.start == steps and is_evaluated):
+      self.report.say(
+        f'this run ended at step {self.start:,}; to go on, raise '
+        f'--config.training.steps above it ({steps:,} now)'
       )
-    if signals.caught:
-      report.say(
-        f'stopped by {signals.caught}; a checkpoint is in {workdir}: '
-        'the same command goes on from it'
-      )
-
-
-def _loop(
-  training,
-  span,
-  advance,
-  state,
-  task,
-  metrics,
-  report,
-  *,
-  checkpoints,
-  evaluate,
-  signals,
-):
-  jax.block_until_ready(state)
-  watch, logged = Stopwatch(), span.start
-  for n in span:
-    state, values = advance(state, n)
-    done = n + 1
-    is_last = done == training.steps
-    report.advance(done)
-
-    if done % training.log_every == 0 or is_last or done == 1:
-      values = {k: float(v) for k, v in values.items()}
-      seconds = watch.lap()
-      values['train/tokens_per_second'] = (
-        (done - logged) * task.tokens_per_step / seconds
-      )
-      metrics.write(done, values)
-      report.log(
-        done, {**values, 'seconds_per_step': seconds / (done - logged)}
-      )
-      logged = done
-
-    is_evaluated = done % training.eval_every == 0 or is_last
-    is_saved = done % training.checkpoint_every == 0 or is_last
-    if is_evaluated or is_saved or signals.caught:
-      # The steps under way are training's time, not the evaluation's.
-      jax.block_until_ready(state)
-      began = time.perf_counter()
-      if is_evaluated and not signals.caught:
-        evaluate(state, done)
-      if is_saved or signals.caught:
-        checkpoints.save(done, state)
-      watch.exclude(time.perf_counter() - began)
-    if signals.caught:
       return
+    state = self._begin()
+    done = self.start
+    if self.start and self._is_due('eval_every', done) and not is_evaluated:
+      self._evaluate(state, done)
+    if not self.stop.name:
+      done, state = self._train(state)
+    if self.stop.name:
+      if done:
+        self._save(state, done)
+        self.checkpoints.wait()
+      self.report.say(
+        f'stopped by {self.stop.name} at step {done:,}; '
+        f'the same command goes on from there: {self.command}'
+      )
 
+  def _begin(self):
+    """The state to start from; meanwhile the step is compiled."""
+    self.report.say('compiling …')
+    self.report.advance(self.start)
+    clock = time.perf_counter()
+    compiling = self.step.compile(self._batch(self.start))
+    if self.start:
+      state = self.checkpoints.restore(self.start, self.step.like)
+    else:
+      state = self.step.init()
+    compiling.result()
+    self.report.say(f'compiled in {time.perf_counter() - clock:.1f} s')
+    if self.start:
+      self.report.say(f'resumed from step {self.start:,}')
+    return jax.block_until_ready(state)
 
-def _evaluate(workdir, task, params, place, done, metrics, report):
-  """Measures, draws the loss curve, and writes an example."""
-  values = task.evaluate(params, place)
-  metrics.write(done, values)
-  report.evaluated(done, values)
-  plots.loss_curve(metrics.lines, workdir / 'plots' / 'loss.png')
-  example = task.example(params, seed=done)
-  path = workdir / 'samples' / f'{done:08d}.txt'
-  path.parent.mkdir(exist_ok=True)
-  path.write_text(example)
-  report.say(f'a sample, also in {path}:\n{example.strip()}\n')
+  def _train(self, state):
+    """Steps until the last, or until stopped: (steps done, state)."""
+    watch, logged = Stopwatch(), self.start
+    for n in range(self.start, self.settings.steps):
+      batch = self._batch(n)
+      with watch.paused():
+        program = self.step.compile(batch).result()
+      state, values = self.step.run(program, state, batch, n)
+      done = n + 1
+      self.report.advance(done)
 
+      if self._is_due('log_every', done) or done == 1:
+        values = {k: float(v) for k, v in values.items()}
+        self._log(done, values, watch.lap(), done - logged)
+        logged = done
 
-class _StopSignals:
-  """Notes SIGINT and SIGTERM for the loop; a second one stops at once."""
+      is_evaluated = self._is_due('eval_every', done)
+      is_saved = self._is_due('checkpoint_every', done)
+      stopped_by = self.stop.ask(done)
+      if is_evaluated or is_saved or stopped_by:
+        # The steps under way are training's time, not the evaluation's.
+        jax.block_until_ready(state)
+        with watch.paused():
+          if is_evaluated and not stopped_by:
+            self._evaluate(state, done)
+          if is_saved and not self.stop.name:
+            self._save(state, done)
+      if self.stop.name:
+        break
+    return done, state
 
-  def __enter__(self):
-    self.caught = None
-    self._before = {}
-    if threading.current_thread() is threading.main_thread():
-      for number in (signal.SIGINT, signal.SIGTERM):
-        self._before[number] = signal.signal(number, self._catch)
-    return self
+  def _is_due(self, key, done):
+    every = getattr(self.settings, key)
+    return done % every == 0 or done == self.settings.steps
 
-  def __exit__(self, *_):
-    for number, handler in self._before.items():
-      signal.signal(number, handler)
+  def _batch(self, n):
+    return self.step.place(self.task.batch(n))
 
-  def _catch(self, number, _):
-    if self.caught:
-      raise KeyboardInterrupt
-    self.caught = 'Ctrl-C' if number == signal.SIGINT else 'SIGTERM'
+  def _save(self, state, done):
+    values = {}
+    for line in self.metrics.lines:
+      if line['step'] == done:
+        values |= line
+    self.checkpoints.save(done, state, values)
+
+  def _log(self, done, values, seconds, steps):
+    values['train/tokens_per_second'] = (
+      steps * self.task.tokens_per_step / seconds
+    )
+    self._write(done, values)
+    self.report.log(done, {**values, 'seconds_per_step': seconds / steps})
+
+  def _write(self, done, values):
+    with self._tolerance('metrics.jsonl'):
+      self.metrics.write(done, values)
+
+  def _evaluate(self, state, done):
+    """Measures, draws the loss curve, and writes an example."""
+    params = state['params']
+    try:
+      values = self.task.evaluate(params, self._place_or_stop)
+    except Interrupted:
+      return  # this evaluation is made up for when the run goes on
+    self._write(done, values)
+    self.report.evaluated(done, values)
+    example = self.task.example(params, seed=done)
+    path = self.workdir / 'samples' / f'{done:08d}.txt'
+    self.report.say(f'a sample, also in {path}:\n{example.strip()}\n')
+    with self._tolerance('samples and plots'):
+      path.parent.mkdir(exist_ok=True)
+      path.write_text(example)
+      plots.loss_curve(self.metrics.lines, self.workdir / 'plots' / 'loss.png')
+
+  def _place_or_stop(self, batch):
+    if jax.process_count() == 1:
+      self.stop.check()
+    return self.step.place(batch)
+
+  @contextlib.contextmanager
+  def _tolerance(self, what):
+    """A disk that is full or read-only is told, and doesn't end the run."""
+    try:
+      yield
+    except OSError as error:
+      self.report.say(f'warning: {what} could not be written: {error}')
 
 
 def _introduce(report, task, params):
@@ -225,11 +229,3 @@ def _introduce(report, task, params):
   )
   report.say(f'parameters  {count:,} ({size:.1f} MiB)')
   report.say(f'data        {task.describe()}')
-
-
-def _check_training(training):
-  for key in ('steps', 'log_every', 'eval_every', 'checkpoint_every'):
-    if training[key] < 1:
-      raise ValueError(
-        f'training.{key}: expected 1 or more, got {training[key]}'
-      )

@@ -2,11 +2,12 @@
 
 import os
 import pathlib
+import shlex
 import sys
 
 import jax
 
-from attention.training import flags, loop
+from attention.training import flags, lock, loop
 
 
 def main(argv: list[str]) -> int:
@@ -14,10 +15,13 @@ def main(argv: list[str]) -> int:
   try:
     config, workdir = flags.parse(argv)
     set_up_jax(config.training.cpu_devices)
-    run = loop.prepare(config, workdir)
+    run = loop.prepare(config, workdir, shlex.join(['python', *argv]))
   except (ValueError, OSError) as error:
     return complain(error)
-  run()
+  try:
+    run()
+  except lock.Locked as error:
+    return complain(error)
   return 0
 
 

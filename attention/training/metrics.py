@@ -1,6 +1,8 @@
 """metrics.jsonl: what a run measured, a JSON object a line."""
 
+import contextlib
 import json
+import math
 import pathlib
 
 
@@ -18,16 +20,47 @@ class Metrics:
   def __init__(self, path: pathlib.Path, step: int):
     """Opens the file and removes what came after `step`, the restored one."""
     self.lines = [line for line in read(path) if line['step'] <= step]
-    partial = path.with_suffix('.part')
-    partial.write_text(''.join(json.dumps(x) + '\n' for x in self.lines))
-    partial.replace(path)
-    self._file = path.open('a')
+    self._path = path
+    self._file = None
+
+  def has(self, prefix: str, step: int) -> bool:
+    """Whether something of that kind, such as 'eval/', is known of a step."""
+    return any(
+      line['step'] == step and any(key.startswith(prefix) for key in line)
+      for line in self.lines
+    )
 
   def write(self, step: int, values: dict) -> None:
-    line = {'step': step, **{k: float(v) for k, v in values.items()}}
-    self.lines.append(line)
-    self._file.write(json.dumps(line) + '\n')
-    self._file.flush()
+    """Adds a line; numbers that aren't finite are left out.
+
+    Raises:
+      OSError: it isn't on disk; the next call that succeeds makes up for it.
+    """
+    values = {k: float(v) for k, v in values.items()}
+    finite = {k: v for k, v in values.items() if math.isfinite(v)}
+    self.lines.append({'step': step, **finite})
+    try:
+      if self._file is None:
+        self._rewrite()
+      else:
+        self._file.write(_format(self.lines[-1]))
+        self._file.flush()
+    except OSError:
+      self.close()
+      raise
 
   def close(self) -> None:
-    self._file.close()
+    file, self._file = self._file, None
+    if file:
+      with contextlib.suppress(OSError):  # what it holds is in `lines` too
+        file.close()
+
+  def _rewrite(self):
+    partial = self._path.with_suffix('.part')
+    partial.write_text(''.join(map(_format, self.lines)))
+    partial.replace(self._path)
+    self._file = self._path.open('a')
+
+
+def _format(line):
+  return json.dumps(line) + '\n'

@@ -1,5 +1,6 @@
 """What a run says while it runs: a bar on a terminal, plain lines elsewhere."""
 
+import contextlib
 import time
 
 from rich.console import Console
@@ -24,17 +25,20 @@ class Stopwatch:
     seconds, self._since = now - self._since, now
     return seconds
 
-  def exclude(self, seconds: float) -> None:
-    self._since += seconds
+  @contextlib.contextmanager
+  def paused(self):
+    """What is done meanwhile does not count."""
+    began = time.perf_counter()
+    yield
+    self._since += time.perf_counter() - began
 
 
 class Reporter:
   """Prints a run's progress."""
 
-  def __init__(self, start: int, steps: int, console: Console | None = None):
+  def __init__(self, steps: int, console: Console | None = None):
     self._console = console or Console(highlight=False, soft_wrap=True)
-    self._steps, self._start = steps, start
-    self._seconds_per_step = None
+    self._steps = steps
     self._bar = None
     if self._console.is_terminal:
       self._bar = Progress(
@@ -44,7 +48,7 @@ class Reporter:
         TimeRemainingColumn(),
         console=self._console,
       )
-      self._task = self._bar.add_task('training', total=steps, completed=start)
+      self._task = self._bar.add_task('training', total=steps)
 
   def __enter__(self):
     if self._bar:

@@ -10,8 +10,7 @@ import sys
 import jax
 import ml_collections
 
-# What may differ when a run goes on.
-_FREE = ('steps', 'log_every', 'eval_every', 'checkpoint_every', 'cpu_devices')
+from attention.training.settings import Settings
 
 
 def load_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
@@ -48,11 +47,11 @@ def check(workdir: pathlib.Path, config, data: dict) -> str | None:
   if not (workdir / 'config.json').exists():
     return None
   old, new = _flatten(load_config(workdir)), _flatten(config)
-  free = {f'training.{key}' for key in _FREE}
+  free = tuple(f'training.{key}' for key in Settings.FREE)
   differences = [
     f'{key} {old.get(key, "unset")!r} → {new.get(key, "unset")!r}'
     for key in sorted(old.keys() | new.keys())
-    if old.get(key) != new.get(key) and key not in free
+    if old.get(key) != new.get(key) and not key.startswith(free)
   ]
   if differences:
     raise ValueError(

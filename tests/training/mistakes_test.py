@@ -49,7 +49,7 @@ def run(tmp_path, monkeypatch, text, capsys):
   def compiled(*_):
     raise AssertionError('got as far as running')
 
-  monkeypatch.setattr(loop, '_run', compiled)
+  monkeypatch.setattr(loop, '_Run', compiled)
   monkeypatch.setattr(training_main, 'set_up_jax', lambda *_: None)
 
   def run(*words):

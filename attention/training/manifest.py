@@ -1,0 +1,63 @@
+"""What a finished folder holds: manifest.json, a digest of every file."""
+
+import hashlib
+import json
+import pathlib
+
+_NAME = 'manifest.json'
+
+
+def write(folder: pathlib.Path, record: dict) -> None:
+  """Notes the size and digest of every file in a folder, and a record."""
+  body = {**record, 'files': _digests(folder)}
+  (folder / _NAME).write_text(json.dumps({**body, 'sha256': _seal(body)}))
+
+
+def read(folder: pathlib.Path) -> dict:
+  """The record of a folder's manifest, its files not looked at.
+
+  Raises:
+    ValueError: there is no manifest, or it isn't as it was written.
+  """
+  try:
+    body = json.loads((folder / _NAME).read_bytes())
+    seal = body.pop('sha256')
+  except FileNotFoundError:
+    raise ValueError('unfinished: it has no manifest.json') from None
+  except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    raise ValueError(f'manifest.json: {error or type(error)}') from error
+  if seal != _seal(body):
+    raise ValueError('manifest.json: not as it was written')
+  return body
+
+
+def check(folder: pathlib.Path) -> dict:
+  """The record of a folder whose every file is as it was written.
+
+  Raises:
+    ValueError: names a file that is missing or differs.
+  """
+  record = read(folder)
+  found = _digests(folder)
+  for name, digest in record['files'].items():
+    if name not in found:
+      raise ValueError(f'{name}: missing')
+    if found[name] != digest:
+      raise ValueError(f'{name}: not as it was written')
+  return record
+
+
+def _digests(folder):
+  """{name: [bytes, sha256]}."""
+  found = {}
+  for path in sorted(folder.rglob('*')):
+    name = path.relative_to(folder).as_posix()
+    if path.is_file() and name != _NAME:
+      with path.open('rb') as file:
+        digest = hashlib.file_digest(file, 'sha256').hexdigest()
+      found[name] = [path.stat().st_size, digest]
+  return found
+
+
+def _seal(body):
+  return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,69 @@
+"""What config.training says: how long a run is, and how it is run."""
+
+import dataclasses
+import difflib
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+  """The keys of config.training, with what they are where a config has none.
+
+  A change of those in `FREE` changes no number of a run, but for its length:
+  a run may go on with others.
+  """
+
+  steps: int
+  log_every: int  # in steps, as the next two
+  eval_every: int
+  checkpoint_every: int
+  num_kept: int = 3  # checkpoints, the newest ones; the best stays as well
+  cpu_devices: int = 0  # virtual ones that share a batch; 0: one
+
+  FREE = (
+    'steps',
+    'log_every',
+    'eval_every',
+    'checkpoint_every',
+    'num_kept',
+    'cpu_devices',
+  )
+
+  def __post_init__(self):
+    for key in (
+      'steps', 'log_every', 'eval_every', 'checkpoint_every', 'num_kept'
+    ):  # fmt: skip
+      self._check(key, getattr(self, key) >= 1, '1 or more')
+    self._check('cpu_devices', self.cpu_devices >= 0, '0 or more')
+
+  def _check(self, key, is_right, expected):
+    if not is_right:
+      raise ValueError(
+        f'training.{key}: expected {expected}, got {getattr(self, key)}'
+      )
+
+  @classmethod
+  def create(cls, training: dict) -> 'Settings':
+    """From config.training, as a dict.
+
+    Raises:
+      ValueError: an unknown or missing key, or a value out of range.
+    """
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for key in training:
+      if key not in fields:
+        near = difflib.get_close_matches(key, fields, n=1)
+        hint = f'; did you mean {near[0]!r}?' if near else ''
+        raise ValueError(f'training.{key}: no such key{hint}')
+    for key, field in fields.items():
+      if key not in training and field.default is dataclasses.MISSING:
+        raise ValueError(f'training.{key}: missing; set it in the config')
+    return cls(**training)
+
+  @classmethod
+  def complete(cls, training) -> None:
+    """Adds to a config's `training` the keys that it doesn't name."""
+    for field in dataclasses.fields(cls):
+      if (
+        field.default is not dataclasses.MISSING and field.name not in training
+      ):
+        training[field.name] = field.default
