@@ -1,5 +1,6 @@
 """Attention in JAX and Haiku."""
 
+from attention.capture import capture
 from attention.modules.multihead import MultiHeadAttention
 from attention.modules.transformer import TransformerBlock
 from attention.ops.biases import alibi, relative_buckets
@@ -21,6 +22,7 @@ __all__ = [
   'additive_attention',
   'alibi',
   'attention_weights',
+  'capture',
   'dot_product_attention',
   'explain',
   'relative_buckets',

@@ -10,6 +10,7 @@ from attention.modules.layers import Linear, RMSNorm
 from attention.ops import similarity
 from attention.ops.dot_product import (
   additive_attention,
+  attention_weights,
   dot_product_attention,
 )
 from attention.ops.positions import rotary
@@ -108,7 +109,7 @@ class MultiHeadAttention(hk.Module):
     All attention goes through here, for `hk.intercept_methods` to see.
     """
     is_dropping = is_training and self.dropout_rate > 0
-    query, key, arguments = self.compare(query, key)
+    query, key, arguments = self._compare(query, key)
     attention = (
       additive_attention if 'vector' in arguments else dot_product_attention
     )
@@ -124,12 +125,22 @@ class MultiHeadAttention(hk.Module):
       **arguments,
     )
 
-  @hk.transparent
-  def compare(self, query, key):
-    """The similarity as (query, key, further arguments) of the core function.
+  def weights(self, query, key, *, mask, bias, heads=None, queries=None):
+    """The pattern of `attend`: [*b, heads, queries, k], for `capture`."""
+    query, key, arguments = self._compare(query, key)
+    return attention_weights(
+      query,
+      key,
+      mask=mask,
+      bias=bias,
+      heads=heads,
+      queries=queries,
+      **arguments,
+    )
 
-    Whatever asks `attention_weights` for the pattern asks this first.
-    """
+  @hk.transparent
+  def _compare(self, query, key):
+    """The similarity: (query, key, further arguments) of the core function."""
     *_, num_heads, size = query.shape
     if self.similarity == 'additive':
       init = hk.initializers.RandomNormal(1 / math.sqrt(size))

@@ -1,0 +1,276 @@
+"""Patterns captured from functions that don't know of it."""
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import attention
+
+B, T, K, M = 2, 5, 7, 12
+MASK = np.tril(np.ones((T, T), bool))
+
+
+def _ours(**fields):
+  return lambda: attention.MultiHeadAttention(name='attention', **fields)
+
+
+def _haikus():
+  return hk.MultiHeadAttention(
+    3, 4, w_init=hk.initializers.VarianceScaling(), name='attention'
+  )
+
+
+def _split(params, name, x, num_heads):
+  leaves = params[f'attention/{name}']
+  x = x @ leaves['w'] + leaves['b']
+  return x.reshape(*x.shape[:-1], num_heads, -1)
+
+
+# name: (module, heads of queries and of keys, call(module, x, context))
+CALLS = {
+  'self': (_ours(num_heads=3), 3, 3, lambda m, x, _: m(x)),
+  'causal': (
+    _ours(num_heads=3, implementation='reference'),
+    3,
+    3,
+    lambda m, x, _: m(x, mask=attention.Mask.causal()),
+  ),
+  'sees_nothing': (
+    _ours(num_heads=3, implementation='chunked'),
+    3,
+    3,
+    lambda m, x, _: m(x, mask=attention.Mask.causal(-2)),
+  ),
+  'grouped_cross': (
+    _ours(num_heads=6, num_kv_heads=2, value_size=3),
+    6,
+    2,
+    lambda m, x, context: m(x, context),
+  ),
+  'bias': (
+    _ours(num_heads=3),
+    3,
+    3,
+    lambda m, x, _: m(x, bias=attention.alibi(3)),
+  ),
+  'haiku': (
+    _haikus,
+    3,
+    3,
+    lambda m, x, _: m(x, x, x, jnp.asarray(MASK)[None, None]),
+  ),
+  'haiku_cross': (_haikus, 3, 3, lambda m, x, context: m(x, context, context)),
+}
+ARGUMENTS = {
+  'causal': {'mask': MASK},
+  'haiku': {'mask': MASK},
+  'sees_nothing': {'mask': np.tril(np.ones((T, T), bool), -2)},
+  'bias': {'bias': attention.alibi(3)},
+}
+
+
+def _init(function, *inputs):
+  model = hk.transform(function)
+  return model, jax.jit(model.init)(jax.random.key(0), *inputs)
+
+
+@pytest.mark.parametrize('name', CALLS)
+def test_captured_weights_are_those_of_the_call(name, arrays):
+  make, num_heads, num_kv_heads, call = CALLS[name]
+  x, context = arrays((B, T, M), (B, K, M))
+
+  def function(x, context):
+    return call(make(), x, context)
+
+  model, params = _init(function, x, context)
+
+  output, patterns = jax.jit(lambda *x: attention.capture(function, *x))(
+    params, x, context
+  )
+  plain = jax.jit(model.apply)(params, None, x, context)
+  np.testing.assert_allclose(output, plain, rtol=0, atol=1e-6)
+
+  is_cross = name.endswith('cross')
+  expected = attention.attention_weights(
+    _split(params, 'query', x, num_heads),
+    _split(params, 'key', context if is_cross else x, num_kv_heads),
+    **ARGUMENTS.get(name, {}),
+  )
+  assert list(patterns) == ['attention']
+  pattern = patterns['attention']
+  assert pattern.dtype == jnp.float32
+  np.testing.assert_allclose(pattern, expected, rtol=0, atol=1e-6)
+  seen = np.ones(T)
+  if name == 'sees_nothing':
+    seen[:2] = 0
+  np.testing.assert_allclose(
+    pattern.sum(-1), np.broadcast_to(seen, pattern.shape[:-1]), atol=1e-6
+  )
+
+
+def _everything(x):
+  """A module called twice, a stack of layers, a rematerialised layer."""
+  twice = attention.MultiHeadAttention(num_heads=3, name='twice')
+  x = twice(twice(x), mask=attention.Mask.causal())
+  x = hk.layer_stack(4)(attention.TransformerBlock(num_heads=2, name='block'))(
+    x
+  )
+  return hk.remat(_ours(num_heads=3)())(x)
+
+
+STACK = '__layer_stack_no_per_layer/block/attention'
+
+
+@pytest.fixture(scope='module')
+def everything():
+  x = jax.random.normal(jax.random.key(0), (B, T, M))
+  return *_init(_everything, x), x
+
+
+def test_repeated_stacked_and_rematerialised_calls_are_all_there(everything):
+  model, params, x = everything
+  output, patterns = jax.jit(lambda *x: attention.capture(_everything, *x))(
+    params, x
+  )
+  assert jax.tree.map(jnp.shape, patterns) == {
+    'twice': (B, 3, T, T),
+    'twice#1': (B, 3, T, T),
+    STACK: (4, B, 2, T, T),
+    'attention': (B, 3, T, T),
+  }
+  np.testing.assert_allclose(
+    output, model.apply(params, None, x), rtol=0, atol=2e-6
+  )
+  # The second call alone was causal.
+  assert np.triu(patterns['twice'][0, 0], 1).any()
+  assert not np.triu(patterns['twice#1'][0, 0], 1).any()
+  # Each layer of the stack has its own: they are those of one layer at a time.
+  hidden = attention.capture(
+    lambda x: _everything_before_the_stack(x),
+    {k: v for k, v in params.items() if k.startswith('twice')},
+    x,
+  )[0]
+
+  def block(x):
+    return attention.TransformerBlock(num_heads=2, name='block')(x)
+
+  for i in range(4):
+    layer = {
+      path.split('/', 1)[1]: jax.tree.map(lambda p, i=i: p[i], leaves)
+      for path, leaves in params.items()
+      if path.startswith('__layer_stack')
+    }
+    hidden, alone = attention.capture(block, layer, hidden)
+    np.testing.assert_allclose(
+      patterns[STACK][i], alone['block/attention'], rtol=0, atol=1e-6
+    )
+
+
+def _everything_before_the_stack(x):
+  twice = attention.MultiHeadAttention(num_heads=3, name='twice')
+  return twice(twice(x), mask=attention.Mask.causal())
+
+
+@pytest.mark.parametrize(
+  'layers, paths',
+  [
+    ('twice', ['twice']),
+    ('twice*', ['twice', 'twice#1']),
+    (['attention', STACK], [STACK, 'attention']),
+    ([3, 0], ['twice', 'attention']),
+  ],
+)
+def test_layers_heads_and_queries_are_selected(everything, layers, paths):
+  _, params, x = everything
+
+  def run(**selection):
+    return jax.jit(
+      lambda *x: attention.capture(_everything, *x, **selection)[1]
+    )(params, x)
+
+  whole = run()
+  part = run(layers=layers, heads=[1], queries=[4, 2])
+  assert sorted(part) == sorted(paths)
+  for path in paths:
+    np.testing.assert_allclose(
+      part[path],
+      whole[path][..., 1:2, [4, 2], :],
+      rtol=0,
+      atol=1e-6,
+    )
+
+
+def test_only_what_is_chosen_is_computed(everything):
+  _, params, x = everything
+  jaxpr = jax.make_jaxpr(
+    lambda: attention.capture(_everything, params, x, layers='twice')[0]
+  )()
+  more = jax.make_jaxpr(lambda: attention.capture(_everything, params, x)[0])()
+  assert len(str(jaxpr)) < len(str(more))
+
+
+def test_all_that_transform_gives_and_takes_serves(arrays):
+  (x,) = arrays((B, T, M))
+
+  def function(x, is_training):
+    hk.set_state('calls', hk.get_state('calls', (), init=jnp.zeros) + 1)
+    x = hk.dropout(hk.next_rng_key(), 0.5, x) if is_training else x
+    return _ours(num_heads=3, dropout_rate=0.5)()(x, is_training=is_training)
+
+  stateful = hk.transform_with_state(function)
+  params, state = stateful.init(jax.random.key(0), x, False)
+  rng = jax.random.key(1)
+  for is_training in (False, True):
+    expected = stateful.apply(params, state, rng, x, is_training)[0]
+    for given in (function, stateful):
+      output, patterns = attention.capture(
+        given, params, x, is_training=is_training, rng=rng, state=state
+      )
+      np.testing.assert_array_equal(output, expected)
+      # Without dropout: a whole pattern.
+      np.testing.assert_allclose(
+        patterns['attention'].sum(-1), 1, rtol=0, atol=1e-6
+      )
+  model, params = _init(lambda x: _ours(num_heads=3)()(x), x)
+  for given in (model, hk.without_apply_rng(model)):
+    assert attention.capture(given, params, x)[1]['attention'].shape[1] == 3
+
+
+def test_bfloat16_gives_float32_patterns(arrays):
+  (x,) = arrays((B, T, M), dtype=jnp.bfloat16)
+  for make in (_ours(num_heads=3), _haikus):
+
+    def function(x, make=make):
+      return make()(x, x, x) if make is _haikus else make()(x)
+
+    _, params = _init(function, x)
+    pattern = attention.capture(function, params, x)[1]['attention']
+    assert pattern.dtype == jnp.float32
+    np.testing.assert_allclose(pattern.sum(-1), 1, rtol=0, atol=1e-6)
+
+
+def test_what_is_not_there_is_answered_with_what_is(everything):
+  _, params, x = everything
+  for arguments, message in (
+    ({'layers': 'twise'}, r"no 'twise'; there are 0: twice, 1: twice#1, 2: __"),
+    ({'layers': 4}, r'no 4; there are 0: twice, .* 3: attention'),
+    ({'layers': -1}, r'no -1; there are'),
+    ({'layers': STACK, 'heads': 2}, r'heads: expected 0 to 1, got \[2\]'),
+    ({'queries': [1, 5]}, r'queries: expected 0 to 4, got \[5\]'),
+  ):
+    with pytest.raises(ValueError, match=message):
+      attention.capture(_everything, params, x, **arguments)
+
+
+@pytest.mark.parametrize('layers', [None, 'attention'])
+def test_a_function_without_attention_is_an_error(arrays, layers):
+  (x,) = arrays((B, M))
+
+  def function(x):
+    return hk.Linear(3)(x)
+
+  _, params = _init(function, x)
+  with pytest.raises(ValueError, match='no attention in it'):
+    attention.capture(function, params, x, layers=layers)
