@@ -1,4 +1,4 @@
-"""python -m attention sample|doctor: use a trained model, look at a machine."""
+"""python -m attention sample|plot|doctor: use a run, look at a machine."""
 
 import argparse
 import pathlib
@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 import attention
+from attention import plots
 from attention.training import records, tasks
 from attention.training.checkpoints import Checkpoints, abstract
 from attention.training.main import complain, set_up_jax
@@ -42,6 +43,46 @@ def sample(arguments) -> int:
   return 0
 
 
+def plot(arguments) -> int:
+  """Draws what a run's model attends to in a text, as pictures and a page."""
+  workdir = pathlib.Path(arguments.workdir)
+  config = records.load_config(workdir)
+  set_up_jax()
+  task = tasks.load(config, workdir)
+  if not hasattr(task, 'patterns'):
+    raise ValueError(f'{workdir}: a run of {config.task!r} reads no text')
+  found = task.patterns(
+    _restore_params(workdir, task),
+    arguments.text,
+    layers=_numbers_or_names(arguments.layers),
+    heads=_numbers(arguments.heads),
+  )
+  out = pathlib.Path(arguments.out or workdir / 'plots')
+  out.mkdir(parents=True, exist_ok=True)
+  numbers = _numbers(arguments.heads)
+  for name, (queries, keys, patterns) in found.items():
+    first = plots.rows(patterns)[0][1][0]  # the first layer's first head
+    for kind, figure in (
+      ('grid', plots.pattern_grid(patterns, head_numbers=numbers)),
+      (
+        'pattern',
+        plots.pattern(first, queries, keys, queries_as=arguments.queries_as),
+      ),
+      ('flow', plots.flow(first, queries, keys)),
+    ):
+      path = out / f'{name}_{kind}.png'
+      figure.savefig(path, dpi=120)
+      print(path)
+    path = out / f'{name}.html'
+    title = f'{name} of {workdir.name}'
+    page = plots.viewer(
+      patterns, queries, keys, head_numbers=numbers, title=title
+    )
+    path.write_text(page, encoding='utf-8')
+    print(path)
+  return 0
+
+
 def doctor(_) -> int:
   """Prints versions, devices, and what would serve a call of attention."""
   for name, version in records.versions().items():
@@ -56,6 +97,21 @@ def doctor(_) -> int:
     for implementation, reason in told:
       print(f'  {implementation:<16}{reason}')
   return 0
+
+
+def _numbers_or_names(words: str | None):
+  if words is None:
+    return None
+  return [int(w) if w.isdigit() else w for w in words.split(',')]
+
+
+def _numbers(words: str | None):
+  try:
+    return None if words is None else [int(w) for w in words.split(',')]
+  except ValueError:
+    raise ValueError(
+      f'heads: expected numbers with commas between, got {words!r}'
+    ) from None
 
 
 def _restore_params(workdir, task):
@@ -86,6 +142,17 @@ def _parser():
   add.add_argument('--top_k', type=int, help='draw among the k likeliest')
   add.add_argument('--seed', type=int, default=0)
   add.set_defaults(run=sample)
+
+  add = commands.add_parser('plot', help=plot.__doc__)
+  add.add_argument('--workdir', required=True, help='folder of the run')
+  add.add_argument('--text', required=True, help='what the model reads')
+  add.add_argument('--layers', help='numbers or paths, as 0,2; all by default')
+  add.add_argument('--heads', help='numbers, as 0,3; all by default')
+  add.add_argument(
+    '--queries_as', default='rows', help='of the single pattern: rows, columns'
+  )
+  add.add_argument('--out', help="folder for the files; the run's plots/")
+  add.set_defaults(run=plot)
 
   add = commands.add_parser('doctor', help=doctor.__doc__)
   add.set_defaults(run=doctor)

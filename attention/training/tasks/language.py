@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from attention import decoding, models
+from attention.capture import capture
 from attention.data import language
 from attention.models.gpt import window_step
 from attention.models.losses import cross_entropy
@@ -129,14 +130,9 @@ class Language:
     Raises:
       ValueError: an empty prompt, or symbols that the model has never seen.
     """
-    if not prompt:
-      raise ValueError('prompt: expected at least one symbol, got none')
     if num_tokens < 1:
       raise ValueError(f'num_tokens: expected 1 or more, got {num_tokens}')
-    try:
-      tokens = self.vocabulary.encode(prompt)[None]
-    except ValueError as error:
-      raise ValueError(f'prompt: {error}') from None
+    tokens = self._encode('prompt', prompt)
     drawn = self._sample(
       params,
       tokens[:, -self.context_size :],
@@ -146,6 +142,40 @@ class Language:
       top_k=top_k,
     )
     return prompt + self.vocabulary.decode(np.asarray(drawn)[0])
+
+  def patterns(self, params, text: str, **selection) -> dict:
+    """What the model attends to in a text.
+
+    Args:
+      params: of the model.
+      text: up to the model's context.
+      **selection: layers and heads, see `attention.capture`.
+
+    Returns:
+      {'attention': (tokens as queries, as keys, patterns by module path)}.
+
+    Raises:
+      ValueError: a text that is empty, too long or of unknown symbols; a layer
+        or head that isn't there.
+    """
+    tokens = self._encode('text', text)
+    if tokens.shape[1] > self.context_size:
+      raise ValueError(
+        f'text: expected at most {self.context_size} tokens '
+        f"(the model's context_size), got {tokens.shape[1]}"
+      )
+    run = jax.jit(functools.partial(capture, self._model, **selection))
+    _, found = run(params, tokens)
+    labels = [self.vocabulary.decode([token]) for token in tokens[0]]
+    return {'attention': (labels, labels, found)}
+
+  def _encode(self, name, text):
+    if not text:
+      raise ValueError(f'{name}: expected at least one symbol, got none')
+    try:
+      return self.vocabulary.encode(text)[None]
+    except ValueError as error:
+      raise ValueError(f'{name}: {error}') from None
 
   @functools.cached_property
   def _sample(self):

@@ -1,0 +1,15 @@
+"""Pictures: of how a run went, and of what a model attends to."""
+
+from attention.plots.patterns import flow, pattern, pattern_grid, rows
+from attention.plots.runs import confusion_matrix, loss_curve
+from attention.plots.viewer import viewer
+
+__all__ = [
+  'confusion_matrix',
+  'flow',
+  'loss_curve',
+  'pattern',
+  'pattern_grid',
+  'rows',
+  'viewer',
+]

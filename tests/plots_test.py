@@ -1,0 +1,150 @@
+"""Pictures say what the numbers say; the page works in a browser."""
+
+import html
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+
+from attention import plots
+
+TOKENS = ['a', ' ', '</script>', '$x$', '\n']
+RNG = np.random.default_rng(0)
+
+
+def _patterns(*shape):
+  x = RNG.random(shape)
+  return x / x.sum(-1, keepdims=True)
+
+
+def _images(figure):
+  return [axes.images[0] for axes in figure.axes if axes.images]
+
+
+def test_a_grid_has_a_row_a_layer_in_order_and_a_column_a_head():
+  patterns = {
+    'gpt/block_10/attention': _patterns(1, 2, 5, 5),
+    'gpt/block_9/attention': _patterns(1, 3, 5, 5),
+    'stack': _patterns(2, 1, 3, 5, 5),
+  }
+  figure = plots.pattern_grid(patterns, head_numbers=[4, 5, 7])
+  shown = [np.asarray(i.get_array()) for i in _images(figure)]
+  expected = [
+    *patterns['gpt/block_9/attention'][0],
+    *patterns['gpt/block_10/attention'][0],
+    *patterns['stack'][0, 0],
+    *patterns['stack'][1, 0],
+  ]
+  np.testing.assert_allclose(shown[: len(expected)], expected, rtol=1e-6)
+  labels = [axes.get_ylabel() for axes in figure.axes if axes.get_ylabel()]
+  assert labels[:2] == ['block_9\nattention', 'block_10\nattention']
+  assert labels[2:4] == ['stack[0]', 'stack[1]']
+  assert figure.axes[2].get_title() == 'head 7'
+
+
+@pytest.mark.parametrize('queries_as', ['rows', 'columns'])
+def test_a_pattern_has_its_queries_where_they_are_asked_for(
+  tmp_path, queries_as
+):
+  weights = _patterns(3, 5)
+  figure = plots.pattern(weights, 'xyz', TOKENS, queries_as=queries_as)
+  figure.savefig(tmp_path / 'pattern.png')
+  axes = figure.axes[0]
+  down = [t.get_text() for t in axes.get_yticklabels()]
+  across = [t.get_text() for t in axes.get_xticklabels()]
+  shown = np.asarray(axes.images[0].get_array())
+  if queries_as == 'columns':
+    down, across, shown = across, down, shown.T
+  assert down == ['x', 'y', 'z']
+  assert across == ['a', '␣', '</script>', '$x$', '⏎']
+  np.testing.assert_allclose(shown, weights, rtol=1e-6)
+
+
+def test_a_flow_line_is_as_wide_as_the_weight(tmp_path):
+  figure = plots.flow([[0.75, 0.25, 0], [0, 0.01, 0.99]], 'pq', 'xyz')
+  figure.savefig(tmp_path / 'flow.png')
+  widths = [line.get_linewidth() for line in figure.axes[0].lines]
+  np.testing.assert_allclose(widths, [3.75, 1.25, 4.95])
+
+
+def test_a_confusion_matrix_shows_its_counts(tmp_path):
+  counts = np.array([[5, 1], [0, 7]])
+  path = tmp_path / 'plots' / 'confusion.png'
+  figure = plots.confusion_matrix(counts, ['cat', 'dog'], path)
+  assert [t.get_text() for t in figure.axes[0].texts] == ['5', '1', '7']
+  assert path.stat().st_size > 1000
+
+
+def test_shapes_and_labels_that_do_not_fit_are_errors():
+  pattern = _patterns(3, 5)
+  for call, message in (
+    (lambda: plots.pattern(pattern[0]), r'expected \[q, k\], got shape \(5,\)'),
+    (lambda: plots.pattern(pattern, 'ab'), 'queries: expected 3 labels'),
+    (lambda: plots.flow(pattern, 'abc', 'ab'), 'keys: expected 5 labels'),
+    (lambda: plots.pattern(pattern, queries_as='x'), "'rows' or 'columns'"),
+    (lambda: plots.pattern_grid({}), 'expected at least one, got none'),
+    (lambda: plots.pattern_grid({'a': pattern}), r"\[..., h, q, k\] at 'a'"),
+    (lambda: plots.viewer({'a': pattern[None]}, 'ab'), 'a: expected a pattern'),
+    (lambda: plots.confusion_matrix([[1]], 'ab'), r'expected shape \(2, 2\)'),
+  ):
+    with pytest.raises(ValueError, match=message):
+      call()
+
+
+def _browse(page, script, tmp_path):
+  """The page's document after a script has run in it."""
+  browser = shutil.which('chromium') or shutil.which('google-chrome')
+  if browser is None:
+    pytest.skip('no chromium on this machine')
+  path = tmp_path / 'page.html'
+  path.write_text(page.replace('</html>', f'<script>{script}</script></html>'))
+  done = subprocess.run(
+    [
+      browser,
+      '--headless',
+      '--no-sandbox',
+      '--disable-gpu',
+      f'--user-data-dir={tmp_path / "profile"}',
+      '--dump-dom',
+      path.as_uri(),
+    ],
+    capture_output=True,
+    text=True,
+    timeout=60,
+    check=True,
+  )
+  return done.stdout
+
+
+_HOVER = """
+at('layer').value = 1; chooseLayer();
+at('head').value = 1; chooseHead();
+at('queries').children[2].dispatchEvent(new MouseEvent('mouseenter'));
+const found = [...at('SIDE').children].map(b => +b.title);
+document.body.append('found ' + JSON.stringify(found) + ' ' +
+  at('map').width + 'x' + at('map').height);
+"""
+
+
+@pytest.mark.parametrize('side, keys', [('queries', None), ('keys', 'xyz')])
+def test_hovering_in_a_browser_shows_the_weights(tmp_path, side, keys):
+  num_keys = len(keys or TOKENS)
+  patterns = {
+    'first': _patterns(2, 5, num_keys),
+    'second': _patterns(2, 5, num_keys),
+  }
+  page = plots.viewer(patterns, TOKENS, keys, title='<b>&')
+  assert not re.search(r'(src|href)=|https?://', page), 'needs a network'
+  shown = _browse(page, _HOVER.replace('SIDE', side), tmp_path)
+  shown = html.unescape(shown)
+  weights = re.search(r'found \[([^]]*)\] (\d+x\d+)\s', shown)
+  assert weights, shown[-2000:]
+  np.testing.assert_allclose(
+    [float(w) for w in weights[1].split(',')],
+    patterns['second'][1, 2],
+    atol=6e-4,
+  )
+  assert weights[2] == f'{num_keys}x5'
+  assert '</script> (2) attends to' in shown

@@ -1,0 +1,32 @@
+"""python -m attention plot."""
+
+import attention.__main__ as command_line
+from attention.training import loop
+
+
+def test_a_run_draws_what_it_attends_to(config, tmp_path, capsys):
+  loop.train(config(**{'training.steps': 1}), tmp_path)
+  capsys.readouterr()
+  words = ['plot', f'--workdir={tmp_path}']
+  for name, more in (('all', []), ('some', ['--layers=1', '--heads=1'])):
+    out = tmp_path / name
+    more = [*more, f'--out={out}', '--text=the lazy']
+    assert command_line.main([*words, *more]) == 0
+    printed = capsys.readouterr().out.split()
+    assert printed == [
+      str(out / f'attention{end}')
+      for end in ('_grid.png', '_pattern.png', '_flow.png', '.html')
+    ]
+    assert 'gpt/block_1/attention' in (out / 'attention.html').read_text()
+  for more, message in (
+    (['--text=the lazy', '--layers=2'], 'no 2; there are 0: gpt/block_0/att'),
+    (['--text=the lazy', '--heads=0,2'], 'heads: expected 0 to 1, got [2]'),
+    (['--text=the lazy', '--heads=a'], 'expected numbers with commas'),
+    (['--text=' + 'the lazy' * 3], 'text: expected at most 16 tokens'),
+    (['--text=THE'], "text: symbols 'EHT' are not among"),
+    (['--text='], 'text: expected at least one symbol, got none'),
+  ):
+    assert command_line.main([*words, *more]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count('\n') == 1
