@@ -7,6 +7,11 @@ from attention.models.gpt import GPT
 _MODELS = {'gpt': GPT}
 
 
+def classes() -> tuple[type, ...]:
+  """The classes of all models."""
+  return tuple(_MODELS.values())
+
+
 def create(name: str, **fields):
   """The model of that name; call it inside `hk.transform`.
 

@@ -91,6 +91,18 @@ class Checkpoints:
     )
     return {name: restored[name] for name in like}
 
+  def restore_all(self, step: int) -> dict:
+    """All parts of the state at `step`, of the shapes they were saved with."""
+    folder = self._directory / str(step)
+    parts = [p.name for p in folder.iterdir() if (p / '_METADATA').is_file()]
+    restored = self._checkpointer.restore(
+      folder,
+      args=ocp.args.Composite(
+        **{name: ocp.args.StandardRestore() for name in parts}
+      ),
+    )
+    return {name: restored[name] for name in parts}
+
   def wait(self) -> None:
     """Waits until everything is on disk."""
     if self._saving:

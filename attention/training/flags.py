@@ -3,6 +3,7 @@
 import difflib
 import importlib.util
 import pathlib
+from typing import NamedTuple
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -11,14 +12,15 @@ from attention.data.language import read_text
 from attention.training.settings import Settings
 
 
-def parse(argv: list[str]) -> tuple[ConfigDict, pathlib.Path]:
-  """A config and a workdir from a command line.
+class Arguments(NamedTuple):
+  """What a command line asks for."""
 
-  Args:
-    argv: as in `sys.argv`.
+  config: ConfigDict
+  workdir: pathlib.Path
 
-  Returns:
-    (config, workdir).
+
+def parse(argv: list[str]) -> Arguments:
+  """What a command line, as in `sys.argv`, asks for.
 
   Raises:
     ValueError: in one line, what is wrong and what to do.
@@ -51,7 +53,7 @@ def parse(argv: list[str]) -> tuple[ConfigDict, pathlib.Path]:
       '--workdir: expected a folder for the run, got none; '
       'for example --workdir=runs/first'
     )
-  return config, pathlib.Path(values.workdir)
+  return Arguments(config, pathlib.Path(values.workdir))
 
 
 def load_config(name: str) -> ConfigDict:

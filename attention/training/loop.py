@@ -11,11 +11,13 @@ from attention import plots
 from attention.training import (
   lock,
   optimizers,
+  precision,
   records,
   sharding,
   tasks,
 )
 from attention.training.checkpoints import Checkpoints
+from attention.training.guard import NotFinite, Watch
 from attention.training.metrics import Metrics
 from attention.training.progress import Reporter, Stopwatch
 from attention.training.settings import Settings
@@ -34,6 +36,7 @@ def train(config, workdir: pathlib.Path) -> None:
     ValueError: a config, data or workdir that don't fit, or a workdir where
       another process runs; before anything is compiled or written.
     OSError: files that can't be read or written.
+    NotFinite: losses or gradients, for too many steps in a row.
   """
   prepare(config, pathlib.Path(workdir))()
 
@@ -56,8 +59,14 @@ def prepare(config, workdir: pathlib.Path, command: str = ''):
     steps=settings.steps, **config.optimizer
   )
   task = tasks.create(config)
-  mesh = sharding.make_mesh(task.batch_size)
-  step = Step(task, optimizer, schedule, config.seed, mesh)
+  if task.batch_size % settings.num_microbatches:
+    raise ValueError(
+      'training.num_microbatches: expected a divisor of the batch of '
+      f'{task.batch_size}, got {settings.num_microbatches}'
+    )
+  mesh = sharding.make_mesh(task.batch_size // settings.num_microbatches)
+  with precision.applied(settings.precision):
+    step = Step(task, optimizer, schedule, config.seed, mesh, settings)
   note = records.check(workdir, config, task.record())
   if note:
     print(note)
@@ -65,6 +74,7 @@ def prepare(config, workdir: pathlib.Path, command: str = ''):
   def run():
     with contextlib.ExitStack() as stack:
       stack.enter_context(lock.held(workdir))
+      stack.enter_context(precision.applied(settings.precision))
       records.write(workdir, config, task.record())
       _Run(settings, workdir, task, step, command, stack)()
 
@@ -133,7 +143,8 @@ class _Run:
 
   def _train(self, state):
     """Steps until the last, or until stopped: (steps done, state)."""
-    watch, logged = Stopwatch(), self.start
+    watch, logged, done = Stopwatch(), self.start, self.start
+    guard = Watch(state['params'], self.settings.max_bad_steps, self.report.say)
     for n in range(self.start, self.settings.steps):
       batch = self._batch(n)
       with watch.paused():
@@ -141,6 +152,13 @@ class _Run:
       state, values = self.step.run(program, state, batch, n)
       done = n + 1
       self.report.advance(done)
+      try:
+        guard.note(values.pop('bad'))
+        if done == self.settings.steps:
+          guard.flush()
+      except NotFinite:
+        self._save(state, done)
+        raise
 
       if self._is_due('log_every', done) or done == 1:
         values = {k: float(v) for k, v in values.items()}

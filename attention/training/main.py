@@ -7,21 +7,25 @@ import sys
 
 import jax
 
-from attention.training import flags, lock, loop
+from attention.training import flags, guard, lock, loop
 
 
 def main(argv: list[str]) -> int:
   """Trains; returns the exit status: 2 for a mistake of the user's."""
   try:
-    config, workdir = flags.parse(argv)
+    arguments = flags.parse(argv)
+    config = arguments.config
     set_up_jax(config.training.cpu_devices)
-    run = loop.prepare(config, workdir, shlex.join(['python', *argv]))
+    run = loop.prepare(config, arguments.workdir, shlex.join(['python', *argv]))
   except (ValueError, OSError) as error:
     return complain(error)
   try:
     run()
   except lock.Locked as error:
     return complain(error)
+  except guard.NotFinite as error:
+    complain(error)
+    return 1
   return 0
 
 

@@ -3,6 +3,18 @@
 import dataclasses
 import difflib
 
+from attention.training import precision
+
+_POSITIVE = (
+  'steps',
+  'log_every',
+  'eval_every',
+  'checkpoint_every',
+  'num_kept',
+  'max_bad_steps',
+  'num_microbatches',
+)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -18,6 +30,9 @@ class Settings:
   checkpoint_every: int
   num_kept: int = 3  # checkpoints, the newest ones; the best stays as well
   cpu_devices: int = 0  # virtual ones that share a batch; 0: one
+  max_bad_steps: int = 5  # in a row, of losses or gradients not finite
+  precision: str = ''  # 'params=float32,compute=bfloat16,output=float32'
+  num_microbatches: int = 1  # parts of a batch, whose gradients are added up
 
   FREE = (
     'steps',
@@ -26,13 +41,13 @@ class Settings:
     'checkpoint_every',
     'num_kept',
     'cpu_devices',
+    'max_bad_steps',
   )
 
   def __post_init__(self):
-    for key in (
-      'steps', 'log_every', 'eval_every', 'checkpoint_every', 'num_kept'
-    ):  # fmt: skip
+    for key in _POSITIVE:
       self._check(key, getattr(self, key) >= 1, '1 or more')
+    precision.parse(self.precision)
     self._check('cpu_devices', self.cpu_devices >= 0, '0 or more')
 
   def _check(self, key, is_right, expected):

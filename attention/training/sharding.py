@@ -24,30 +24,31 @@ def batched(mesh: Mesh) -> NamedSharding:
 
 
 def data_parallel(function, mesh: Mesh):
-  """function(params, rng, batch), of whole batches, on shares of them.
+  """function(params, rng, batch, scale), of whole batches, on shares of them.
 
   Args:
-    function: gives a tree of means over the batch's first axis.
+    function: gives a tree of sums over the batch.
     mesh: its axis 'data' shares the batch.
 
   Returns:
     The function of the whole batch: each device computes its share, with
-    random numbers of its own, and the means are averaged. They travel as one
+    random numbers of its own, and the sums are added up. They travel as one
     vector: on CPU that saves a tenth of a small model's step.
   """
   if mesh.size == 1:
     return function
 
-  def share(params, rng, batch):
+  def share(params, rng, batch, scale):
     rng = jax.random.fold_in(rng, jax.lax.axis_index('data'))
-    vector, restore = ravel_pytree(function(params, rng, batch))
-    return restore(jax.lax.pmean(vector, 'data'))
+    vector, restore = ravel_pytree(function(params, rng, batch, scale))
+    return restore(jax.lax.psum(vector, 'data'))
 
+  whole = PartitionSpec()
   return jax.shard_map(
     share,
     mesh=mesh,
-    in_specs=(PartitionSpec(), PartitionSpec(), PartitionSpec('data')),
-    out_specs=PartitionSpec(),
+    in_specs=(whole, whole, PartitionSpec('data'), whole),
+    out_specs=whole,
     check_vma=False,
   )
 

@@ -3,23 +3,25 @@
 from concurrent import futures
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
-from attention.training import sharding
+from attention.training import gradients, guard, precision, sharding
 
 
 class Step:
   """What turns a state and a batch into the next state, on a mesh."""
 
-  def __init__(self, task, optimizer, schedule, seed: int, mesh):
+  def __init__(self, task, optimizer, schedule, seed: int, mesh, settings):
     self._mesh = mesh
     everywhere = sharding.replicated(mesh)
     self.init = jax.jit(
-      lambda: init(task, optimizer, seed), out_shardings=everywhere
+      lambda: init(task, optimizer, seed, settings.precision),
+      out_shardings=everywhere,
     )
     self._step = jax.jit(
-      make(task, optimizer, schedule, seed, mesh),
+      make(task, optimizer, schedule, seed, mesh, settings.num_microbatches),
       donate_argnums=0,
       out_shardings=everywhere,
     )
@@ -47,32 +49,59 @@ class Step:
     return sharding.settle(self._mesh, program(state, batch, np.int32(step)))
 
 
-def init(task, optimizer, seed: int):
-  """The state that training starts with: parameters and optimizer."""
+def init(task, optimizer, seed: int, precision_policy: str = '') -> dict:
+  """The state that training starts with."""
   params = task.init(jax.random.key(seed))
-  return {'params': params, 'optimizer': optimizer.init(params)}
+  return {
+    'params': params,
+    'optimizer': optimizer.init(params),
+    'guard': {
+      'bad': guard.initial(),
+      **precision.initial_scale(precision_policy),
+    },
+  }
 
 
-def make(task, optimizer, schedule, seed: int, mesh):
+def make(task, optimizer, schedule, seed: int, mesh, num_microbatches: int = 1):
   """The function (state, batch, step) -> (state, metrics), not yet jitted.
 
   The devices of `mesh` share the batch. `step` counts from 0. Random numbers
-  are a function of (seed, step), so that a resumed run goes on exactly.
+  are a function of (seed, step), so that a resumed run goes on exactly. A step
+  whose loss or gradients aren't finite leaves parameters and optimizer alone.
   """
-  gradients = sharding.data_parallel(jax.value_and_grad(task.loss), mesh)
+  compute = gradients.make(task, mesh, num_microbatches)
 
   def train_step(state, batch, step):
     rng = jax.random.fold_in(jax.random.key(seed), step + 1)
-    loss, grads = gradients(state['params'], rng, batch)
+    scale = {k: v for k, v in state['guard'].items() if k != 'bad'}
+    loss, grads = compute(state['params'], rng, batch, scale.get('scale', 1.0))
+    squares = [jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)]
+    grad_norm = jnp.sqrt(sum(squares))
     updates, opt_state = optimizer.update(
       grads, state['optimizer'], state['params']
     )
+    params = optax.apply_updates(state['params'], updates)
+
+    is_loss_finite = jnp.isfinite(loss)
+    is_good = is_loss_finite & jnp.isfinite(grad_norm)
+    bad = guard.update(
+      state['guard']['bad'],
+      is_good,
+      ~is_loss_finite | ~precision.may_fall(scale),
+      step + 1,
+      jnp.stack(squares),
+    )
+    new = {'params': params, 'optimizer': opt_state}
+    old = {part: state[part] for part in new}
+    new = jax.tree.map(lambda x, y: jnp.where(is_good, x, y), new, old)
+    new['guard'] = {'bad': bad, **precision.adjust(scale, is_good)}
     metrics = {
       'train/loss': loss,
-      'train/grad_norm': optax.tree.norm(grads),
+      'train/grad_norm': grad_norm,
       'train/learning_rate': schedule(step + 1),
+      'train/bad_steps': bad[0],
+      'bad': bad,
     }
-    params = optax.apply_updates(state['params'], updates)
-    return {'params': params, 'optimizer': opt_state}, metrics
+    return new, metrics
 
   return train_step

@@ -84,10 +84,9 @@ class Language:
     return self._model.apply(params, None, tokens)
 
   def loss(self, params, rng, batch):
-    """Mean nats per token, with dropout."""
+    """Nats, with dropout, and the number of tokens."""
     logits = self._model.apply(params, rng, batch['tokens'], True)
-    total, count = cross_entropy(logits, batch['targets'])
-    return total / count
+    return cross_entropy(logits, batch['targets'])
 
   def evaluate(self, params, place) -> dict[str, float]:
     """Mean nats per token over the whole validation part.

@@ -1,0 +1,98 @@
+"""Faults of numbers, disks and machines, in whole runs: docs/reliability.md."""
+
+import jax
+import numpy as np
+import pytest
+
+from attention.training import flags, loop, metrics
+from attention.training import main as training_main
+from attention.training.checkpoints import Checkpoints
+from attention.training.guard import NotFinite
+from attention.training.tasks.language import Language
+
+
+@pytest.fixture
+def poison(monkeypatch):
+  """poison(*steps): the loss of these steps is NaN."""
+  batch, loss = Language.batch, Language.loss
+
+  def poison(*steps):
+    def poisoned_batch(self, n):
+      value = np.nan if n + 1 in steps else 1.0
+      clean = batch(self, n)
+      return clean | {'poison': np.full(len(clean['tokens']), value, 'f')}
+
+    def poisoned_loss(self, params, rng, batch):
+      total, count = loss(self, params, rng, batch)
+      return total * batch['poison'].mean(), count
+
+    monkeypatch.setattr(Language, 'batch', poisoned_batch)
+    monkeypatch.setattr(Language, 'loss', poisoned_loss)
+
+  return poison
+
+
+def _tiny(config, **changes):
+  tiny = {
+    'model.num_layers': 1,
+    'training.steps': 9,
+    'training.eval_every': 9,
+    'training.log_every': 1,
+  }
+  return config(**(tiny | changes))
+
+
+def _newest(workdir):
+  """(step, state) of the newest checkpoint, whatever is in it."""
+  checkpoints = Checkpoints(workdir / 'checkpoints')
+  step = checkpoints.latest_step()
+  return step, checkpoints.restore_all(step)
+
+
+def _assert_finite(state):
+  for leaf in jax.tree.leaves(state):
+    assert np.isfinite(np.asarray(leaf)).all()
+
+
+@pytest.mark.parametrize(
+  'steps',
+  [pytest.param([4], marks=pytest.mark.slow), [1, 4, 5, 6, 7]],
+  ids=['one', 'one_fewer_than_too_many'],
+)
+def test_bad_steps_are_skipped_and_counted(
+  config, tmp_path, capsys, poison, steps
+):
+  poison(*steps)
+  loop.train(_tiny(config), tmp_path / 'run')
+  lines = metrics.read(tmp_path / 'run' / 'metrics.jsonl')
+  assert lines[-1]['eval/loss'] > 0
+  counted = {x['step']: x['train/bad_steps'] for x in lines[:9]}
+  assert counted[9] == len(steps)
+  assert {x['step'] for x in lines[:9] if 'train/loss' not in x} == set(steps)
+  step, state = _newest(tmp_path / 'run')
+  assert step == 9
+  _assert_finite(state)
+  # Each step but the bad ones moved the optimizer's count.
+  counts = [x for x in jax.tree.leaves(state['optimizer']) if np.ndim(x) == 0]
+  assert counts == [9 - len(steps)] * len(counts) != []
+  assert f'{len(steps)} in all' in capsys.readouterr().out
+
+
+def test_too_many_bad_steps_end_the_run_by_name(
+  config, tmp_path, capsys, poison, monkeypatch
+):
+  poison(*range(4, 99))
+  settings = _tiny(config, **{'training.steps': 30})
+  monkeypatch.setattr(
+    flags, 'parse', lambda _: flags.Arguments(settings, tmp_path / 'run')
+  )
+  monkeypatch.setattr(training_main, 'set_up_jax', lambda *_: None)
+  assert training_main.main(['train.py']) == 1
+  error = capsys.readouterr().err
+  assert error.count('\n') == 1
+  assert 'from step 4 on, 5 steps in a row, the gradient of gpt/' in error
+  step, state = _newest(tmp_path / 'run')
+  assert step in (8, 9)
+  _assert_finite(state)
+  with pytest.raises(NotFinite, match='from step 4 on, [67] steps in a row'):
+    loop.train(settings, tmp_path / 'run')
