@@ -53,6 +53,8 @@ def _default():
         'model_size': 128,
         'dropout_rate': 0.0,
         'with_tied_output': True,
+        'use_scan': False,  # one block compiled for all layers
+        'use_remat': False,  # activations computed twice, for less memory
       },
       'optimizer': {
         'learning_rate': 6e-3,

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from attention.modules.layers import LayerNorm, Linear, dropout
+from attention.modules.stack import run_blocks
 from attention.modules.transformer import TransformerBlock
 from attention.ops.masks import Mask
 
@@ -29,6 +30,8 @@ class GPT(hk.Module):
   with_tied_output: bool = True  # output weights are the token table's
   fused_qkv: bool = True
   implementation: str | None = None  # see dot_product_attention
+  use_scan: bool = False  # one block compiled for all layers
+  use_remat: bool = False  # activations inside a block computed twice
   name: str | None = None
 
   def __call__(self, tokens, *, is_training: bool = False):
@@ -69,8 +72,9 @@ class GPT(hk.Module):
     x = dropout(x, self.dropout_rate, is_training)
     # One array, for every layer to read: see TransformerBlock.
     x = jax.lax.optimization_barrier(x)
-    for i in range(self.num_layers):
-      x = TransformerBlock(
+
+    def block(name, x):
+      return TransformerBlock(
         num_heads=self.num_heads,
         dropout_rate=self.dropout_rate,
         w_init=init,
@@ -79,8 +83,16 @@ class GPT(hk.Module):
           'fused_qkv': self.fused_qkv,
           'implementation': self.implementation,
         },
-        name=f'block_{i}',
+        name=name,
       )(x, mask=Mask.causal(), is_training=is_training)
+
+    x = run_blocks(
+      block,
+      self.num_layers,
+      x,
+      use_scan=self.use_scan,
+      use_remat=self.use_remat,
+    )
     x = LayerNorm('final_norm')(x)
     if self.with_tied_output:
       return (x @ token_table.embeddings.T).astype(jnp.float32)
