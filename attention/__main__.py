@@ -1,4 +1,4 @@
-"""python -m attention sample|plot|doctor: use a run, look at a machine."""
+"""python -m attention sample|plot|inspect|doctor: use a run, count, check."""
 
 import argparse
 import pathlib
@@ -9,14 +9,18 @@ import jax.numpy as jnp
 
 import attention
 from attention import plots
-from attention.training import records, tasks
+from attention.training import flags, inspection, records, tasks
 from attention.training.checkpoints import Checkpoints, abstract
 from attention.training.main import complain, set_up_jax
 
 
 def main(argv: list[str] | None = None) -> int:
   """Runs a command; returns the exit status: 2 for a mistake of the user's."""
-  arguments = _parser().parse_args(argv)
+  parser = _parser()
+  arguments, rest = parser.parse_known_args(argv)
+  if rest and arguments.run is not inspect:
+    parser.error(f'unrecognized arguments: {" ".join(rest)}')
+  arguments.rest = rest
   try:
     return arguments.run(arguments)
   except (ValueError, OSError) as error:
@@ -80,6 +84,14 @@ def plot(arguments) -> int:
     )
     path.write_text(page, encoding='utf-8')
     print(path)
+  return 0
+
+
+def inspect(arguments) -> int:
+  """Counts a config's parameters, FLOPs and memory; --config.key=value too."""
+  words = [f'--config={arguments.config}', *arguments.rest, '--workdir=unused']
+  config, _ = flags.parse(['inspect', *words])
+  print(inspection.inspect(config, tasks.create(config)))
   return 0
 
 
@@ -153,6 +165,10 @@ def _parser():
   )
   add.add_argument('--out', help="folder for the files; the run's plots/")
   add.set_defaults(run=plot)
+
+  add = commands.add_parser('inspect', help=inspect.__doc__)
+  add.add_argument('--config', required=True, help='file of the config')
+  add.set_defaults(run=inspect)
 
   add = commands.add_parser('doctor', help=doctor.__doc__)
   add.set_defaults(run=doctor)

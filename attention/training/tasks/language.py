@@ -21,9 +21,13 @@ class Language:
     self.vocabulary = vocabulary
     self.data = data
     self.context_size = model['context_size']
-    forward = functools.partial(
-      models.create, 'gpt', vocab_size=vocabulary.size, **model
-    )
+    model = {'vocab_size': vocabulary.size, **model}
+    if model['vocab_size'] < vocabulary.size:
+      raise ValueError(
+        f'model.vocab_size: expected at least {vocabulary.size}, as the data '
+        f'has, got {model["vocab_size"]}'
+      )
+    forward = functools.partial(models.create, 'gpt', **model)
     self._model = hk.transform(
       lambda tokens, is_training=False: forward()(
         tokens, is_training=is_training
