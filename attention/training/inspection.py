@@ -37,9 +37,10 @@ class Heads:
   num_kv_heads: int
   key_size: int
   value_size: int
+  num_keys: int
+  has_output: bool  # an output projection, or each head the whole width
   width: int  # of the input
   output_size: int
-  num_keys: int
 
   @property
   def flops(self) -> int:
@@ -99,6 +100,7 @@ def _trace(task):
         key.shape[-1],
         value.shape[-1],
         key.shape[-3],
+        getattr(module, 'value_factorisation', None) != 'full',
       )
     )
     # Its result is never looked at.
@@ -120,27 +122,8 @@ def _trace(task):
   for path, *sizes in found:
     groups.setdefault((_anonymous(path), *sizes), []).append(path)
   return shapes, [
-    Heads(
-      path=_span(paths),
-      count=len(paths),
-      num_heads=num_heads,
-      num_kv_heads=num_kv_heads,
-      key_size=key_size,
-      value_size=value_size,
-      num_keys=num_keys,
-      width=width,
-      output_size=output_size,
-    )
-    for (
-      _,
-      num_heads,
-      num_kv_heads,
-      key_size,
-      value_size,
-      num_keys,
-      width,
-      output_size,
-    ), paths in groups.items()
+    Heads(_span(paths), len(paths), *sizes)
+    for (_, *sizes), paths in groups.items()
   ]
 
 
@@ -213,7 +196,7 @@ def _describe(heads, parts):
   width, size = heads.width, heads.key_size
   query, key = (width * size,) * 2
   value = width * heads.value_size
-  output = heads.value_size * heads.output_size
+  output = heads.value_size * heads.output_size * heads.has_output
   one = query + key + value + output
   layer = heads.num_heads * (query + output) + heads.num_kv_heads * (
     key + value
@@ -225,12 +208,18 @@ def _describe(heads, parts):
     ('key, a head', f'{width} × {size}', key),
     ('value, a head', f'{width} × {heads.value_size}', value),
     ('output, a head', f'{heads.value_size} × {heads.output_size}', output),
-    ('a head: the four', '', one),
+    ('a head: all of these', '', one),
     (f"a layer's {heads.num_heads} heads", '', layer),
     (f'{heads.count} layers', '', heads.count * layer),
-    ('a value map of full rank', f'{width} × {heads.output_size}', full),
+    (
+      'a value map of full rank',
+      f'{width} × {heads.output_size}',
+      width * heads.output_size,
+    ),
     ('factorised, as value × output', '', value + output),
   ]
+  if not heads.has_output:
+    del rows[3], rows[-1]
   yield ''
   yield f'{heads.path}, matrices without biases'
   for name, shape, number in rows:
