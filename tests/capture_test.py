@@ -49,6 +49,18 @@ CALLS = {
     2,
     lambda m, x, context: m(x, context),
   ),
+  'additive': (
+    _ours(num_heads=3, similarity='additive'),
+    3,
+    3,
+    lambda m, x, _: m(x),
+  ),
+  'cosine': (
+    _ours(num_heads=3, similarity='cosine', scale=4.0),
+    3,
+    3,
+    lambda m, x, _: m(x),
+  ),
   'bias': (
     _ours(num_heads=3),
     3,
@@ -64,6 +76,7 @@ CALLS = {
   'haiku_cross': (_haikus, 3, 3, lambda m, x, context: m(x, context, context)),
 }
 ARGUMENTS = {
+  'cosine': {'scale': 4.0},
   'causal': {'mask': MASK},
   'haiku': {'mask': MASK},
   'sees_nothing': {'mask': np.tril(np.ones((T, T), bool), -2)},
@@ -92,12 +105,18 @@ def test_captured_weights_are_those_of_the_call(name, arrays):
   plain = jax.jit(model.apply)(params, None, x, context)
   np.testing.assert_allclose(output, plain, rtol=0, atol=1e-6)
 
-  is_cross = name.endswith('cross')
-  expected = attention.attention_weights(
-    _split(params, 'query', x, num_heads),
-    _split(params, 'key', context if is_cross else x, num_kv_heads),
-    **ARGUMENTS.get(name, {}),
-  )
+  source = context if name.endswith('cross') else x
+  query = _split(params, 'query', x, num_heads)
+  key = _split(params, 'key', source, num_kv_heads)
+  arguments = ARGUMENTS.get(name, {})
+  if name == 'additive':
+    vector = params['attention']['similarity_w']
+    arguments = {'vector': vector, 'scale': 1.0}
+  if name == 'cosine':
+    query, key = (
+      y / np.linalg.norm(y, axis=-1, keepdims=True) for y in (query, key)
+    )
+  expected = attention.attention_weights(query, key, **arguments)
   assert list(patterns) == ['attention']
   pattern = patterns['attention']
   assert pattern.dtype == jnp.float32

@@ -2,9 +2,10 @@
 
 import difflib
 
+from attention.models.classifier import Classifier
 from attention.models.gpt import GPT
 
-_MODELS = {'gpt': GPT}
+_MODELS = {'classifier': Classifier, 'gpt': GPT}
 
 
 def classes() -> tuple[type, ...]:
@@ -16,7 +17,7 @@ def create(name: str, **fields):
   """The model of that name; call it inside `hk.transform`.
 
   Args:
-    name: 'gpt'.
+    name: 'classifier' or 'gpt'.
     **fields: of its class.
 
   Raises:

@@ -26,6 +26,7 @@ class GPT(hk.Module):
   num_layers: int
   num_heads: int
   model_size: int
+  mixer: str = 'attention'  # or 'lstm', 'conv', for comparison
   dropout_rate: float = 0.0
   with_tied_output: bool = True  # output weights are the token table's
   fused_qkv: bool = True
@@ -76,6 +77,7 @@ class GPT(hk.Module):
     def block(name, x):
       return TransformerBlock(
         num_heads=self.num_heads,
+        mixer=self.mixer,
         dropout_rate=self.dropout_rate,
         w_init=init,
         output_w_init=residual_init,

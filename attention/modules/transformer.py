@@ -6,6 +6,7 @@ import haiku as hk
 import jax
 
 from attention.modules.layers import LayerNorm, Linear, dropout
+from attention.modules.mixers import MIXERS
 from attention.modules.multihead import MultiHeadAttention
 
 _ACTIVATIONS = {'relu': jax.nn.relu, 'gelu': jax.nn.gelu}
@@ -20,6 +21,7 @@ class TransformerBlock(hk.Module):
   """
 
   num_heads: int
+  mixer: str = 'attention'  # or, in place of self-attention, 'lstm' or 'conv'
   hidden_size: int | None = None  # of the feed-forward; 4 × width by default
   norm: str = 'pre'  # 'pre' or 'post'
   activation: str = 'gelu'  # 'gelu' or 'relu'
@@ -43,7 +45,8 @@ class TransformerBlock(hk.Module):
     Args:
       x: [*b, t, m].
       context: [*b, k, m'] for cross-attention, or None for no such layer.
-      mask: of self-attention, see `dot_product_attention`.
+      mask: of self-attention, see `dot_product_attention`; other mixers look
+        back only, whatever it says.
       context_mask: of cross-attention.
       is_training: whether to drop.
 
@@ -51,11 +54,13 @@ class TransformerBlock(hk.Module):
       [*b, t, m].
 
     Raises:
-      ValueError: unknown norm or activation, width not divisible by heads.
+      ValueError: unknown norm, activation or mixer, or a width not divisible
+        by heads.
     """
     for field, known in (
       ('norm', ('pre', 'post')),
       ('activation', tuple(_ACTIVATIONS)),
+      ('mixer', ('attention', *MIXERS)),
     ):
       if getattr(self, field) not in known:
         raise ValueError(
@@ -72,12 +77,12 @@ class TransformerBlock(hk.Module):
         **(self.attention or {}),
       )
 
-    x = self._add(
-      x,
-      'attention',
-      lambda y: attention('attention')(y, mask=mask, is_training=is_training),
-      is_training,
-    )
+    def mix(y):
+      if self.mixer in MIXERS:
+        return MIXERS[self.mixer](w_init=self.w_init, name=self.mixer)(y)
+      return attention('attention')(y, mask=mask, is_training=is_training)
+
+    x = self._add(x, self.mixer, mix, is_training)
     if context is not None:
       x = self._add(
         x,

@@ -214,7 +214,7 @@ def _describe(heads, parts):
     (
       'a value map of full rank',
       f'{width} × {heads.output_size}',
-      width * heads.output_size,
+      full,
     ),
     ('factorised, as value × output', '', value + output),
   ]

@@ -220,7 +220,10 @@ class _Run:
     with self._tolerance('samples and plots'):
       path.parent.mkdir(exist_ok=True)
       path.write_text(example)
-      plots.loss_curve(self.metrics.lines, self.workdir / 'plots' / 'loss.png')
+      folder = self.workdir / 'plots'
+      plots.loss_curve(self.metrics.lines, folder / 'loss.png')
+      if hasattr(self.task, 'draw'):
+        self.task.draw(folder)
 
   def _place_or_stop(self, batch):
     if jax.process_count() == 1:

@@ -3,9 +3,10 @@
 import json
 import pathlib
 
+from attention.training.tasks.classification import Classification
 from attention.training.tasks.language import Language
 
-_TASKS = {'language': Language}
+_TASKS = {'classification': Classification, 'language': Language}
 
 
 def create(config):

@@ -1,0 +1,71 @@
+"""A classifier of handwritten digits, 8 × 8 pixels as overlapping patches.
+
+  python train.py --config=configs/digits.py --workdir=runs/digits
+
+| size | layers × heads × width, patches, batch, steps | parameters |
+|---|---|---|
+| (default) | 2 × 4 × 64, 25 of 4 × 4 pixels, 64, 1,000 | TODO |
+| debug | 1 × 2 × 16, 9, 8, 30 | 4 k |
+"""
+
+import ml_collections
+
+
+def get_config(size: str = '') -> ml_collections.ConfigDict:
+  """The config of that size: '' or 'debug'."""
+  sizes = {'': _default, 'debug': _debug}
+  if size not in sizes:
+    raise ValueError(f'size: expected one of {sorted(sizes)}, got {size!r}')
+  return sizes[size]()
+
+
+def _default():
+  return ml_collections.ConfigDict(
+    {
+      'task': 'classification',
+      'seed': 0,  # of the fifth held out, too
+      'data': {
+        'kind': 'digits',
+        'path': '',  # they come with scikit-learn
+        'patch_size': 4,
+        'stride': 1,
+        'is_shifted': True,  # by up to a pixel, in training
+        'batch_size': 64,
+      },
+      'model': {
+        'num_layers': 2,
+        'num_heads': 4,
+        'model_size': 64,
+        'pooling': 'mean',  # or 'first'
+        'mixer': 'attention',  # or 'lstm', 'conv'
+        'dropout_rate': 0.1,
+      },
+      'optimizer': {
+        'learning_rate': 2e-3,
+        'warmup_steps': 100,
+        'final_fraction': 0.0,
+        'weight_decay': 0.1,
+        'b1': 0.9,
+        'b2': 0.99,
+        'clip_norm': 1.0,
+      },
+      'training': {
+        'steps': 1_000,
+        'log_every': 100,
+        'eval_every': 250,
+        'checkpoint_every': 500,
+        'cpu_devices': 2,
+      },
+    }
+  )
+
+
+def _debug():
+  config = _default()
+  config.data.update({'stride': 2, 'batch_size': 8})
+  config.model.update({'num_layers': 1, 'num_heads': 2, 'model_size': 16})
+  config.optimizer.update({'warmup_steps': 5})
+  config.training.update(
+    {'steps': 30, 'log_every': 5, 'eval_every': 15, 'checkpoint_every': 10}
+  )
+  return config
