@@ -1,6 +1,7 @@
 """Attention in JAX and Haiku."""
 
 from attention.capture import capture
+from attention.modules.gated import GatedAttention, GlobalAttention
 from attention.modules.multihead import MultiHeadAttention
 from attention.modules.transformer import TransformerBlock
 from attention.ops.biases import alibi, relative_buckets
@@ -16,6 +17,8 @@ from attention.ops.positions import rotary, sinusoidal
 from attention.ops.softmax import stable_softmax
 
 __all__ = [
+  'GatedAttention',
+  'GlobalAttention',
   'Mask',
   'MultiHeadAttention',
   'TransformerBlock',

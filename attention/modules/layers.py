@@ -1,6 +1,7 @@
 """Small layers that the others are made of."""
 
 import math
+from typing import NamedTuple
 
 import haiku as hk
 import jax
@@ -78,3 +79,61 @@ def dropout(x: jax.Array, rate: float, is_training: bool) -> jax.Array:
   if not is_training or not rate:
     return x
   return hk.dropout(hk.next_rng_key(), rate, x)
+
+
+class Affine(NamedTuple):
+  """x weights + bias, as a pytree of its parameters.
+
+  A layer that asks for its parameters first and is called later: inside JAX's
+  loops, where Haiku's modules may not be.
+  """
+
+  weights: object  # [a, o]
+  bias: object  # [o]
+
+  def __call__(self, x):
+    flat = x.reshape(-1, x.shape[-1]) @ self.weights + self.bias
+    return flat.reshape(*x.shape[:-1], -1)
+
+
+class Norm(NamedTuple):
+  """`LayerNorm`, as a pytree of its parameters."""
+
+  scale: object  # [m]
+  offset: object  # [m]
+
+  def __call__(self, x):
+    y = normalise(x.astype(jnp.float32)) * self.scale + self.offset
+    return y.astype(x.dtype)
+
+
+def affine(name, size, x, *, scale=1.0, bias=0.0) -> Affine:
+  """The parameters `weights` and `bias` of a module `name` for inputs like x.
+
+  Weights are normal, truncated, of variance `scale` / width of x.
+  """
+  init = hk.initializers.Constant(0.0)
+  if scale:
+    init = hk.initializers.VarianceScaling(scale, 'fan_in', 'truncated_normal')
+  specs = {
+    'weights': ((x.shape[-1], size), init),
+    'bias': ((size,), hk.initializers.Constant(bias)),
+  }
+  return Affine(**_Parameters(name)(x.dtype, specs))
+
+
+def norm(name, x) -> Norm:
+  """Parameters `scale` and `offset` of a module `name` for inputs like x."""
+  shape = x.shape[-1:]
+  specs = {'scale': (shape, jnp.ones), 'offset': (shape, jnp.zeros)}
+  return Norm(**_Parameters(name)(x.dtype, specs))
+
+
+class _Parameters(hk.Module):
+  """A module that is nothing but its parameters."""
+
+  def __call__(self, dtype, specs):
+    return {
+      name: hk.get_parameter(name, shape, dtype, init).astype(dtype)
+      for name, (shape, init) in specs.items()
+    }

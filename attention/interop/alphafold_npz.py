@@ -1,0 +1,177 @@
+"""AlphaFold's published parameters: .npz files with keys `scope//name`."""
+
+import collections
+import contextlib
+import os
+import pathlib
+import zipfile
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attention.modules.evoformer import EvoformerStack
+
+_SCOPE = ('alphafold', 'alphafold_iteration', 'evoformer')
+# Names of the two stacks, and whether the alignment is the extra one.
+_STACKS = {'evoformer_iteration': False, 'extra_msa_stack': True}
+
+
+@contextlib.contextmanager
+def evoformer_scope():
+  """Modules made inside are named as those inside AlphaFold's Evoformer.
+
+  There `EvoformerStack(num_blocks=48, name='evoformer_iteration')` has the
+  parameters that `load_params` reads.
+  """
+  with contextlib.ExitStack() as stack:
+    for name in _SCOPE:
+      stack.enter_context(hk.name_scope(name))
+    yield
+
+
+def load_params(path) -> dict:
+  """AlphaFold's parameters as Haiku's: {scope: {name: NumPy array}}.
+
+  They serve AlphaFold itself, and `EvoformerStack`s named
+  'evoformer_iteration' and 'extra_msa_stack' inside `evoformer_scope()`. The
+  arrays of these two are checked; the rest is handed through.
+
+  Args:
+    path: an .npz file as AlphaFold publishes them.
+
+  Raises:
+    ValueError: not such a file; arrays that are pickled objects, missing,
+      surplus or of another shape (all are listed).
+  """
+  try:
+    with np.load(path, allow_pickle=False) as arrays:
+      flat = {key: arrays[key] for key in arrays.files}
+  except (ValueError, zipfile.BadZipFile, AttributeError) as error:
+    raise ValueError(
+      f'{path}: expected an .npz of plain arrays, got: {error}'
+    ) from None
+  params = {}
+  for key, array in flat.items():
+    scope, separator, name = key.partition('//')
+    if not separator:
+      raise ValueError(f"{path}: expected keys 'scope//name', got {key!r}")
+    params.setdefault(scope, {})[name] = array
+  wrong = [line for stack in _STACKS for line in _differences(flat, stack)]
+  if wrong:
+    raise ValueError(f'{path}: {"; ".join(wrong)}')
+  return params
+
+
+def save_params(path, params) -> None:
+  """Writes all parameters as an .npz that `load_params` and AlphaFold read.
+
+  Args:
+    path: the file; what it held is replaced when all is written.
+    params: {scope: {name: array}}.
+
+  Raises:
+    ValueError: a dtype that .npz files don't know, such as bfloat16.
+  """
+  flat = {}
+  for scope, arrays in params.items():
+    for name, array in arrays.items():
+      array = np.asarray(array)
+      if not array.dtype.isbuiltin:
+        raise ValueError(
+          f'{scope}//{name}: expected a dtype of NumPy, got {array.dtype}; '
+          'convert with .astype(jnp.float32)'
+        )
+      flat[f'{scope}//{name}'] = array
+  path = pathlib.Path(path)
+  part = path.with_name(f'{path.name}.part')
+  with part.open('wb') as file:
+    np.savez(file, **flat)
+  os.replace(part, path)
+
+
+def _differences(flat, stack):
+  """What is wrong with a stack's arrays, a line for each kind."""
+  prefix = '/'.join((*_SCOPE, stack))
+  found = {
+    key.removeprefix(f'{prefix}/'): array.shape
+    for key, array in flat.items()
+    if key.startswith((f'{prefix}/', f'{prefix}//'))
+  }
+  expected = _expected(found, _STACKS[stack])
+  missing = sorted(expected.keys() - found.keys())
+  surplus = sorted(found.keys() - expected.keys())
+  wrong = [
+    f'{name} expected {expected[name]}, got {found[name]}'
+    for name in sorted(expected.keys() & found.keys())
+    if expected[name] != found[name]
+  ]
+  return [
+    f'{prefix}: {kind} {", ".join(names)}'
+    for kind, names in (
+      ('missing', missing),
+      ('surplus', surplus),
+      ('misshapen:', wrong),
+    )
+    if names
+  ]
+
+
+def _expected(found, is_extra):
+  """Names and shapes of a stack of ours with the sizes that were found."""
+
+  def size(default, axis, starts, *ends):
+    return _most(
+      (
+        shape[axis]
+        for name, shape in found.items()
+        if name.startswith(starts) and name.endswith(ends) and len(shape) > 1
+      ),
+      default,
+    )
+
+  def count(*parts):
+    return sum(any(part in name for part in parts) for name in found)
+
+  pairs, product = ('triangle_', 'pair_'), 'triangle_multiplication_'
+  wide = ('query_norm//scale', 'query_norm//offset', 'output_b', 'n2//bias')
+  heads = ('gating_b', 'gating_w', 'query_w')
+  msa_size = size(64 if is_extra else 256, -1, 'msa_', *wide)
+  pair_size = size(128, -1, pairs, *wide)
+  factors = (
+    found.get(f'{layer}_transition/transition1//{leaf}', (4 * width,))[-1]
+    / width
+    for layer, width in (('msa', msa_size), ('pair', pair_size))
+    for leaf in ('bias', 'weights')
+  )
+  fields = dict(
+    is_extra_msa=is_extra,
+    num_blocks=size(4 if is_extra else 48, 0, '', ''),
+    num_msa_head=size(8, -2, 'msa_', *heads),
+    num_pair_head=size(4, -2, pairs, *heads),
+    num_outer_channel=size(32, -1, 'outer_', 'n//bias', 'n//weights'),
+    num_intermediate_channel=size(128, -1, product, 'm//scale', 'm//offset'),
+    num_intermediate_factor=_most(factors, 4),
+    fuse_projection_weights=count('/projection//', '/gate//')
+    > count('left_gate//', 'right_gate//', 'left_projection//'),
+  )
+  stack = hk.transform(
+    lambda *act: EvoformerStack(**fields, name='stack')(*act)
+  )
+  shapes = jax.eval_shape(
+    stack.init,
+    jax.random.key(0),
+    jax.ShapeDtypeStruct((1, 1, msa_size), jnp.float32),
+    jax.ShapeDtypeStruct((1, 1, pair_size), jnp.float32),
+  )
+  return {
+    f'{module.removeprefix("stack/")}//{name}': array.shape
+    for module, name, array in hk.data_structures.traverse(shapes)
+  }
+
+
+def _most(values, default):
+  """What most say, so that a single misshapen array is told from the others."""
+  counts = collections.Counter(values).most_common(1)
+  return counts[0][0] if counts else default

@@ -1,0 +1,226 @@
+"""Gated attention (Jumper et al. 2021, Suppl. Alg. 7 and 19)."""
+
+import dataclasses
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+
+from attention.ops.dot_product import dot_product_attention
+from attention.ops.masks import Mask
+
+_GLOROT = hk.initializers.VarianceScaling(1.0, 'fan_avg', 'uniform')
+_ZEROS, _ONES = hk.initializers.Constant(0.0), hk.initializers.Constant(1.0)
+
+
+@dataclasses.dataclass(kw_only=True, eq=False)
+class GatedAttention(hk.Module):
+  """Attention whose output passes a gate, opened by the query's input.
+
+  Parameters, by AlphaFold's names: `query_w` (a, h, c), `key_w` (a, h, c),
+  `value_w` (a, h, c), `gating_w` (a, h, c), `gating_b` (h, c), `output_w`
+  (h, c, o), `output_b` (o). They are asked for in the dtype of `q_data`.
+  """
+
+  num_head: int
+  key_size: int | None = None  # channels a head; q_data's / num_head by default
+  value_size: int | None = None  # channels a value head; m_data's / num_head
+  output_size: int | None = None  # width of the output; q_data's by default
+  gating: bool = True
+  zero_init: bool = True  # output_w starts at 0
+  implementation: str | None = None  # see dot_product_attention
+  name: str | None = None
+
+  def __call__(self, q_data, m_data, mask=None, nonbatched_bias=None):
+    """Attends from `q_data` to `m_data`.
+
+    Args:
+      q_data: [*b, q, a] float32, bfloat16 or float16.
+      m_data: [*b, k, a'], what keys and values are made of.
+      mask: True = may attend: boolean [*b, h or 1, q or 1, k], or a `Mask`.
+      nonbatched_bias: [h, q, k], added to the logits of the whole batch.
+
+    Returns:
+      [*b, q, o] in the dtype of `q_data`.
+
+    Raises:
+      ValueError: widths that num_head doesn't divide, a mask that isn't
+        boolean or has another rank, shapes that don't fit.
+    """
+    weights = self.weights(q_data, m_data)
+    return self.gated(weights, q_data, m_data, mask, nonbatched_bias)
+
+  def weights(self, q_data, m_data) -> dict:
+    """The parameters, by name. Only here are they asked for."""
+    a, h, c, v, o = _sizes(self, q_data, m_data)
+    m = m_data.shape[-1]
+    return _parameters(
+      q_data.dtype,
+      query_w=((a, h, c), _GLOROT),
+      key_w=((m, h, c), _GLOROT),
+      value_w=((m, h, v), _GLOROT),
+      **_gate_and_output(self, a, h, v, o),
+    )
+
+  def gated(self, weights: dict, q_data, m_data, mask=None, bias=None):
+    """The function itself, of parameters and inputs."""
+    if mask is not None and not isinstance(mask, Mask):
+      _check_mask('mask', mask, q_data.ndim + 1, '[*b, h or 1, q or 1, k]')
+    batch = q_data.shape[:-2]
+    q_data, m_data = (x.reshape(-1, *x.shape[-2:]) for x in (q_data, m_data))
+
+    query = jnp.einsum('bqa,ahc->bqhc', q_data, weights['query_w'])
+    key = jnp.einsum('bka,ahc->bkhc', m_data, weights['key_w'])
+    value = jnp.einsum('bka,ahc->bkhc', m_data, weights['value_w'])
+    heads = (x.reshape(*batch, *x.shape[1:]) for x in (query, key, value))
+    values = self.attend(*heads, mask=mask, bias=bias)
+    values = values.reshape(-1, *values.shape[-3:])
+    if self.gating:
+      gate = jnp.einsum('bqa,ahc->bqhc', q_data, weights['gating_w'])
+      values *= jax.nn.sigmoid(gate + weights['gating_b'])
+    output = jnp.einsum('bqhc,hco->bqo', values, weights['output_w'])
+    output += weights['output_b']
+    return output.reshape(*batch, *output.shape[1:])
+
+  def attend(self, query, key, value, *, mask, bias):
+    """softmax(query keyᵀ / √c + bias) value: [*b, q, h, c] → [*b, q, h, c'].
+
+    All attention goes through here, for `hk.intercept_methods` to see.
+    """
+    return dot_product_attention(
+      query,
+      key,
+      value,
+      mask=mask,
+      bias=bias,
+      implementation=self.implementation,
+    )
+
+
+@dataclasses.dataclass(kw_only=True, eq=False)
+class GlobalAttention(hk.Module):
+  """Gated attention with one query a head: the mean over all positions.
+
+  Its cost grows with the number of positions, not with the square. Parameters
+  are those of `GatedAttention`, but keys and values are shared by the heads:
+  `key_w` (a, c), `value_w` (a, c).
+  """
+
+  num_head: int
+  key_size: int | None = None  # channels a head; q_data's / num_head by default
+  value_size: int | None = None  # channels a value; m_data's / num_head
+  output_size: int | None = None  # width of the output; q_data's by default
+  gating: bool = True
+  zero_init: bool = True  # output_w starts at 0
+  implementation: str | None = None  # see dot_product_attention
+  name: str | None = None
+
+  def __call__(self, q_data, m_data, q_mask=None):
+    """Attends from the mean of `q_data` to `m_data`.
+
+    Args:
+      q_data: [*b, q, a] float32, bfloat16 or float16.
+      m_data: [*b, q, a'], what keys and values are made of.
+      q_mask: boolean [*b, q, 1]: which positions count, as part of the mean
+        and as keys.
+
+    Returns:
+      [*b, q, o] in the dtype of `q_data`; without gating [*b, 1, o].
+
+    Raises:
+      ValueError: widths that num_head doesn't divide, a mask that isn't
+        boolean or has another rank, shapes that don't fit.
+    """
+    return self.gated(self.weights(q_data, m_data), q_data, m_data, q_mask)
+
+  def weights(self, q_data, m_data) -> dict:
+    """The parameters, by name. Only here are they asked for."""
+    a, h, c, v, o = _sizes(self, q_data, m_data)
+    m = m_data.shape[-1]
+    return _parameters(
+      q_data.dtype,
+      query_w=((a, h, c), _GLOROT),
+      key_w=((m, c), _GLOROT),
+      value_w=((m, v), _GLOROT),
+      **_gate_and_output(self, a, h, v, o),
+    )
+
+  def gated(self, weights: dict, q_data, m_data, q_mask=None):
+    """The function itself, of parameters and inputs."""
+    if q_mask is None:
+      q_mask = jnp.ones((*q_data.shape[:-1], 1), bool)
+    _check_mask('q_mask', q_mask, q_data.ndim, '[*b, q, 1]')
+    mean = _masked_mean(q_data, q_mask)
+    query = jnp.einsum('...a,ahc->...hc', mean, weights['query_w'])
+    key = jnp.einsum('...ka,ac->...kc', m_data, weights['key_w'])
+    value = jnp.einsum('...ka,ac->...kc', m_data, weights['value_w'])
+    values = self.attend(
+      query[..., None, :, :],
+      key[..., None, :],
+      value[..., None, :],
+      mask=jnp.swapaxes(q_mask, -1, -2)[..., None, :, :],
+      bias=None,
+    )
+    if self.gating:
+      gate = jnp.einsum('...qa,ahc->...qhc', q_data, weights['gating_w'])
+      values = values * jax.nn.sigmoid(gate + weights['gating_b'])
+    output = jnp.einsum('...qhc,hco->...qo', values, weights['output_w'])
+    return output + weights['output_b']
+
+  attend = GatedAttention.attend
+
+
+def _masked_mean(x, mask):
+  """The mean over positions that count: [*b, q, a] → [*b, a]."""
+  mask = mask.astype(jnp.float32)
+  total = (x.astype(jnp.float32) * mask).sum(-2)
+  return (total / jnp.maximum(mask.sum(-2), 1)).astype(x.dtype)
+
+
+def _sizes(module, q_data, m_data):
+  """a, h, c of keys, c of values, o."""
+  widths = (q_data.shape[-1], m_data.shape[-1])
+  given = (module.key_size, module.value_size)
+  sizes = []
+  for name, width, size in zip(
+    ('key_size', 'value_size'), widths, given, strict=True
+  ):
+    if size is None and width % module.num_head:
+      raise ValueError(
+        f'num_head: expected a divisor of the width {width}, got '
+        f'{module.num_head}; change either, or set {name}'
+      )
+    sizes.append(width // module.num_head if size is None else size)
+  return (
+    widths[0],
+    module.num_head,
+    *sizes,
+    widths[0] if module.output_size is None else module.output_size,
+  )
+
+
+def _gate_and_output(module, a, h, c, o):
+  gate = {'gating_w': ((a, h, c), _ZEROS), 'gating_b': ((h, c), _ONES)}
+  return (gate if module.gating else {}) | {
+    'output_w': ((h, c, o), _ZEROS if module.zero_init else _GLOROT),
+    'output_b': ((o,), _ZEROS),
+  }
+
+
+def _parameters(dtype, **specs):
+  return {
+    name: hk.get_parameter(name, shape, dtype, init).astype(dtype)
+    for name, (shape, init) in specs.items()
+  }
+
+
+def _check_mask(name, mask, rank, shape):
+  if mask.dtype != bool:
+    raise ValueError(
+      f'{name}: expected booleans (True = may attend), got {mask.dtype}; '
+      f'compare: {name} != 0'
+    )
+  if mask.ndim != rank:
+    raise ValueError(
+      f'{name}: expected {shape}, of rank {rank}, got shape {mask.shape}'
+    )
