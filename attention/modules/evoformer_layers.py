@@ -75,10 +75,8 @@ class MSAColumnAttention(hk.Module):
     """The update of the alignment: as `MSARowAttentionWithPairBias`."""
     _check(msa_act, msa_mask, 'msa_act', 'msa_mask')
     query_norm = norm('query_norm', msa_act)
-    columns, mask = jnp.swapaxes(msa_act, 0, 1), msa_mask.T
     attention = _attention(self)
-    update = _attend_rows(self, attention, query_norm, columns, mask)
-    return jnp.swapaxes(update, 0, 1)
+    return _attend_rows(self, attention, query_norm, msa_act, msa_mask, axis=1)
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
@@ -104,18 +102,8 @@ class MSAColumnGlobalAttention(hk.Module):
     """
     _check(msa_act, msa_mask, 'msa_act', 'msa_mask')
     query_norm = norm('query_norm', msa_act)
-    columns, mask = jnp.swapaxes(msa_act, 0, 1), msa_mask.T
     attention = _attention(self, GlobalAttention)
-    weights = attention.weights(msa_act, msa_act)
-
-    def rows(shared, x, mask):
-      query_norm, weights = shared
-      x = query_norm(x)
-      return attention.gated(weights, x, x, mask[..., None])
-
-    shared = (query_norm, weights)
-    update = map_rows(rows, shared, columns, mask, is_whole=not self.remat)
-    return jnp.swapaxes(update, 0, 1)
+    return _attend_rows(self, attention, query_norm, msa_act, msa_mask, axis=1)
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
@@ -156,16 +144,13 @@ class TriangleAttention(hk.Module):
         "orientation: expected 'per_row' or 'per_column', got "
         f'{self.orientation!r}'
       )
-    is_ending = self.orientation == 'per_column'
-    if is_ending:
-      pair_act, pair_mask = jnp.swapaxes(pair_act, 0, 1), pair_mask.T
+    axis = 0 if self.orientation == 'per_row' else 1
     query_norm = norm('query_norm', pair_act)
-    bias = _pair_bias(self, query_norm, pair_act)
+    bias = _pair_bias(self, query_norm, pair_act, axis)
     attention = _attention(self)
-    update = _attend_rows(
-      self, attention, query_norm, pair_act, pair_mask, bias
+    return _attend_rows(
+      self, attention, query_norm, pair_act, pair_mask, bias, axis=axis
     )
-    return jnp.swapaxes(update, 0, 1) if is_ending else update
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
@@ -355,34 +340,48 @@ def _attention(module, kind=GatedAttention):
   )
 
 
-def _attend_rows(module, attention, query_norm, act, mask, bias=None):
-  """Each row attends to itself: [r, t, a] → [r, t, a]."""
+def _attend_rows(
+  module, attention, query_norm, act, mask, bias=None, *, axis=0
+):
+  """Each row (or column, axis 1) attends to itself: [r, t, a] → [r, t, a]."""
   weights = attention.weights(act, act)
 
   def rows(shared, x, mask):
     query_norm, weights, bias = shared
+    x, mask = (jnp.moveaxis(y, axis, 0) for y in (x, mask))
     x = query_norm(x)
-    return attention.gated(weights, x, x, mask[:, None, None, :], bias)
+    if isinstance(attention, GlobalAttention):
+      update = attention.gated(weights, x, x, mask[..., None])
+    else:
+      update = attention.gated(weights, x, x, mask[:, None, None, :], bias)
+    return jnp.moveaxis(update, 0, axis)
 
-  shared = (query_norm, weights, bias)
-  return map_rows(rows, shared, act, mask, is_whole=not module.remat)
+  return map_rows(
+    rows,
+    (query_norm, weights, bias),
+    act,
+    mask,
+    axis=axis,
+    is_whole=not module.remat,
+  )
 
 
-def _pair_bias(module, norm, pair_act):
-  """norm(pairs) feat_2d_weights: [q, k, a] → [h, q, k] float32."""
+def _pair_bias(module, norm, pair_act, axis=0):
+  """norm(pairs) feat_2d_weights: [q, k, a] → [h, q, k] float32.
+
+  With axis 1 the pairs are [k, q, a].
+  """
   shape = (pair_act.shape[-1], module.num_head)
   init = hk.initializers.RandomNormal(stddev=shape[0] ** -0.5)
   w = hk.get_parameter('feat_2d_weights', shape, pair_act.dtype, init)
 
   def rows(shared, x):
     norm, w = shared
-    return jnp.einsum(
-      'qka,ah->qkh', norm(x), w, preferred_element_type=jnp.float32
-    )
+    return jnp.matmul(norm(x), w, preferred_element_type=jnp.float32)
 
   shared = (norm, w.astype(pair_act.dtype))
   bias = map_rows(rows, shared, pair_act, is_whole=not module.remat)
-  return bias.transpose(2, 0, 1)
+  return bias.transpose(2, axis, 1 - axis)
 
 
 def _check(act, mask, act_name, mask_name):
