@@ -28,7 +28,7 @@ def capture(
 
   They are those of `MultiHeadAttention`, `GatedAttention`,
   `hk.MultiHeadAttention`, and of any module with the methods `attend` and
-  `weights` of `MultiHeadAttention`. They are computed anew from queries and
+  `pattern` of `MultiHeadAttention`. They are computed anew from queries and
   keys, whichever implementation ran, without dropout; only what is asked for
   is computed. It works under `jax.jit`, in which a large model belongs.
 
@@ -134,9 +134,12 @@ class _Recorder:
       if self._open:
         self._open[-1][1][module.name] = output
       return output
+    if getattr(module, 'remat', False):
+      # Patterns could not leave loops that compute anew what is in them.
+      module.remat = False
     is_haikus = isinstance(module, hk.MultiHeadAttention)
     is_attention = (is_haikus and method == '__call__') or (
-      method == 'attend' and hasattr(module, 'weights')
+      method == 'attend' and hasattr(module, 'pattern')
     )
     # A subclass may call its parent's method of that name.
     is_inner = any(module is outer for outer, _ in self._open)
@@ -152,9 +155,9 @@ class _Recorder:
       self._open.pop()
     if self._is_wanted(module.module_name):
       if is_haikus:
-        pattern = self._haiku_weights(module, linears, *args, **kwargs)
+        pattern = self._haiku_pattern(module, linears, *args, **kwargs)
       else:
-        pattern = self._weights(module, *args, **kwargs)
+        pattern = self._pattern(module, *args, **kwargs)
       _store(pattern)
     return output
 
@@ -164,11 +167,11 @@ class _Recorder:
       f'/{full.split("#")[0]}'.endswith(f'/{path}') for full in self._chosen
     )
 
-  def _weights(self, module, query, key, value, *, is_training=False, **where):
+  def _pattern(self, module, query, key, value, *, is_training=False, **where):
     del value, is_training
-    return module.weights(query, key, **where, **self._selection)
+    return module.pattern(query, key, **where, **self._selection)
 
-  def _haiku_weights(self, module, linears, query, key, value, mask=None):
+  def _haiku_pattern(self, module, linears, query, key, value, mask=None):
     del query, key, value
     split = [
       x.reshape(*x.shape[:-1], module.num_heads, module.key_size)

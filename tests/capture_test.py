@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import attention
+from attention.modules.evoformer import EvoformerStack
 
 B, T, K, M = 2, 5, 7, 12
 MASK = np.tril(np.ones((T, T), bool))
@@ -293,3 +294,29 @@ def test_a_function_without_attention_is_an_error(arrays, layers):
   _, params = _init(function, x)
   with pytest.raises(ValueError, match='no attention in it'):
     attention.capture(function, params, x, layers=layers)
+
+
+def test_patterns_of_an_evoformer_are_of_all_rows_and_blocks(arrays):
+  # More positions than the layers work on at a time.
+  num_seq, num_res, num_blocks = 53, 41, 2
+  msa, pair = arrays((num_seq, num_res, 6), (num_res, num_res, 4))
+
+  def function(msa, pair):
+    return EvoformerStack(
+      num_blocks=num_blocks, num_msa_head=3, num_pair_head=2, name='stack'
+    )(msa, pair)
+
+  model, params = _init(function, msa, pair)
+  output, patterns = jax.jit(lambda *x: attention.capture(function, *x))(
+    params, msa, pair
+  )
+  plain = jax.jit(model.apply)(params, None, msa, pair)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5),
+    output,
+    plain,
+  )
+  row = patterns['stack/msa_row_attention_with_pair_bias/attention']
+  assert row.shape == (num_blocks, num_seq, 3, num_res, num_res)
+  np.testing.assert_allclose(row.sum(-1), 1, atol=1e-5)
+  assert len(patterns) == 4

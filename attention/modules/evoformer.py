@@ -186,7 +186,7 @@ class EvoformerStack(EvoformerBlock):
   ):
     """All blocks; see `EvoformerBlock`."""
 
-    block = hk.transform(
+    block = hk.transform_with_state(
       lambda *act: self.update(*act, msa_mask, pair_mask, is_training)
     )
 
@@ -195,12 +195,16 @@ class EvoformerStack(EvoformerBlock):
       return jax.jit(jax.vmap(block.init, (0, None, None)))(rngs, *act)
 
     def step(act, given):
-      return block.apply(*given, *act), None
+      return block.apply(*given, *act)
 
     # hk.layer_stack does the same, but puts a name of its own into the paths.
-    params = hk.transparent_lift(init)(self._rngs(), msa_act, pair_act)
+    # There is no state but what interceptors leave.
+    lifted, updater = hk.transparent_lift_with_state(init)
+    act = (msa_act, pair_act)
+    params, state = lifted(self._rngs(), *act)
     step = jax.checkpoint(step, prevent_cse=False) if self.remat else step
-    act, _ = jax.lax.scan(step, (msa_act, pair_act), (params, self._rngs()))
+    act, state = jax.lax.scan(step, act, (params, state, self._rngs()))
+    updater.update(state)
     return act
 
   def _rngs(self):

@@ -6,7 +6,10 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 
-from attention.ops.dot_product import dot_product_attention
+from attention.ops.dot_product import (
+  attention_weights,
+  dot_product_attention,
+)
 from attention.ops.masks import Mask
 
 _GLOROT = hk.initializers.VarianceScaling(1.0, 'fan_avg', 'uniform')
@@ -96,6 +99,12 @@ class GatedAttention(hk.Module):
       implementation=self.implementation,
     )
 
+  def pattern(self, query, key, *, mask, bias, heads=None, queries=None):
+    """The weights of `attend`: [*b, heads, queries, k], for `capture`."""
+    return attention_weights(
+      query, key, mask=mask, bias=bias, heads=heads, queries=queries
+    )
+
 
 @dataclasses.dataclass(kw_only=True, eq=False)
 class GlobalAttention(hk.Module):
@@ -168,6 +177,7 @@ class GlobalAttention(hk.Module):
     return output + weights['output_b']
 
   attend = GatedAttention.attend
+  pattern = GatedAttention.pattern
 
 
 def _masked_mean(x, mask):

@@ -125,8 +125,8 @@ class MultiHeadAttention(hk.Module):
       **arguments,
     )
 
-  def weights(self, query, key, *, mask, bias, heads=None, queries=None):
-    """The pattern of `attend`: [*b, heads, queries, k], for `capture`."""
+  def pattern(self, query, key, *, mask, bias, heads=None, queries=None):
+    """The weights of `attend`: [*b, heads, queries, k], for `capture`."""
     query, key, arguments = self._compare(query, key)
     return attention_weights(
       query,
