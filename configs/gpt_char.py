@@ -71,6 +71,7 @@ def _default():
         'eval_every': 500,
         'checkpoint_every': 500,
         'cpu_devices': 2,  # that share a batch, where there is no accelerator
+        'mesh': {'data': -1, 'fsdp': 1, 'tensor': 1},  # -1: all that are left
         'precision': '',  # 'params=float32,compute=bfloat16,output=float32'
         'num_microbatches': 1,  # parts of a batch, one after another
       },

@@ -64,7 +64,9 @@ def prepare(config, workdir: pathlib.Path, command: str = ''):
       'training.num_microbatches: expected a divisor of the batch of '
       f'{task.batch_size}, got {settings.num_microbatches}'
     )
-  mesh = sharding.make_mesh(task.batch_size // settings.num_microbatches)
+  mesh = sharding.make_mesh(
+    task.batch_size // settings.num_microbatches, **settings.mesh
+  )
   with precision.applied(settings.precision):
     step = Step(task, optimizer, schedule, config.seed, mesh, settings)
   note = records.check(workdir, config, task.record())

@@ -16,6 +16,10 @@ _POSITIVE = (
 )
 
 
+def _mesh():
+  return {'data': -1, 'fsdp': 1, 'tensor': 1}  # see sharding.make_mesh
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
   """The keys of config.training, with what they are where a config has none.
@@ -30,6 +34,7 @@ class Settings:
   checkpoint_every: int
   num_kept: int = 3  # checkpoints, the newest ones; the best stays as well
   cpu_devices: int = 0  # virtual ones that share a batch; 0: one
+  mesh: dict = dataclasses.field(default_factory=_mesh)
   max_bad_steps: int = 5  # in a row, of losses or gradients not finite
   precision: str = ''  # 'params=float32,compute=bfloat16,output=float32'
   num_microbatches: int = 1  # parts of a batch, whose gradients are added up
@@ -41,6 +46,7 @@ class Settings:
     'checkpoint_every',
     'num_kept',
     'cpu_devices',
+    'mesh',
     'max_bad_steps',
   )
 
@@ -48,6 +54,12 @@ class Settings:
     for key in _POSITIVE:
       self._check(key, getattr(self, key) >= 1, '1 or more')
     precision.parse(self.precision)
+    unknown = self.mesh.keys() - _mesh()
+    if unknown:
+      raise ValueError(
+        f'training.mesh.{min(unknown)}: no such axis; there are data, fsdp '
+        'and tensor'
+      )
     self._check('cpu_devices', self.cpu_devices >= 0, '0 or more')
 
   def _check(self, key, is_right, expected):
@@ -69,16 +81,25 @@ class Settings:
         near = difflib.get_close_matches(key, fields, n=1)
         hint = f'; did you mean {near[0]!r}?' if near else ''
         raise ValueError(f'training.{key}: no such key{hint}')
-    for key, field in fields.items():
-      if key not in training and field.default is dataclasses.MISSING:
+    for key in fields:
+      if key not in training and key not in cls.defaults():
         raise ValueError(f'training.{key}: missing; set it in the config')
     return cls(**training)
 
   @classmethod
+  def defaults(cls) -> dict:
+    """What keys are where a config doesn't name them."""
+    found = {}
+    for field in dataclasses.fields(cls):
+      if field.default is not dataclasses.MISSING:
+        found[field.name] = field.default
+      elif field.default_factory is not dataclasses.MISSING:
+        found[field.name] = field.default_factory()
+    return found
+
+  @classmethod
   def complete(cls, training) -> None:
     """Adds to a config's `training` the keys that it doesn't name."""
-    for field in dataclasses.fields(cls):
-      if (
-        field.default is not dataclasses.MISSING and field.name not in training
-      ):
-        training[field.name] = field.default
+    for key, value in cls.defaults().items():
+      if key not in training:
+        training[key] = value

@@ -15,26 +15,24 @@ class Step:
 
   def __init__(self, task, optimizer, schedule, seed: int, mesh, settings):
     self._mesh = mesh
-    everywhere = sharding.replicated(mesh)
-    self.init = jax.jit(
-      lambda: init(task, optimizer, seed, settings.precision),
-      out_shardings=everywhere,
-    )
+
+    def begin():
+      return init(task, optimizer, seed, settings.precision)
+
+    self.like = sharding.of_state(jax.eval_shape(begin), mesh)
+    shardings = jax.tree.map(lambda x: x.sharding, self.like)
+    self.init = jax.jit(begin, out_shardings=shardings)
     self._step = jax.jit(
       make(task, optimizer, schedule, seed, mesh, settings.num_microbatches),
       donate_argnums=0,
-      out_shardings=everywhere,
-    )
-    self.like = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
-      jax.eval_shape(self.init),
+      out_shardings=(shardings, sharding.replicated(mesh)),
     )
     self._compiler = futures.ThreadPoolExecutor(1)
     self._programs = {}
 
   def place(self, batch: dict) -> dict:
     """Puts a batch on the devices, a share on each."""
-    return jax.device_put(batch, sharding.batched(self._mesh))
+    return sharding.place(batch, self._mesh)
 
   def compile(self, batch: dict) -> futures.Future:
     """Begins to compile the step for placed batches of that shape."""
