@@ -1,5 +1,8 @@
 """Checkpoints of a run, by orbax: checkpoints/<step>/."""
 
+import contextlib
+import errno
+import logging
 import math
 import pathlib
 import shutil
@@ -10,6 +13,19 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from attention.training import manifest
+
+# What a disk that is full, read-only or gone makes orbax raise.
+_FAILURES = (OSError, ValueError, RuntimeError)
+
+
+class _NotOrbax(logging.Filter):
+  """Keeps orbax from logging at length what `warn` tells in a line."""
+
+  def filter(self, record):
+    return 'orbax' not in record.pathname
+
+
+logging.getLogger('absl').addFilter(_NotOrbax())
 
 
 class Checkpoints:
@@ -35,8 +51,7 @@ class Checkpoints:
     self._saving: threading.Thread | None = None
     self._saved: int | None = None
     if self._is_writer:
-      for leftover in self._directory.glob('*.part*'):
-        shutil.rmtree(leftover, ignore_errors=True)
+      self._remove_unfinished()
 
   @property
   def _is_writer(self):
@@ -67,13 +82,15 @@ class Checkpoints:
     self.wait()
     part = self._directory / f'{step}.part'
     try:
+      if self._is_writer:
+        self._check_room(state)
       self._checkpointer.save(
         part,
         args=ocp.args.Composite(
           **{name: ocp.args.StandardSave(tree) for name, tree in state.items()}
         ),
       )
-    except (OSError, ValueError, jax.errors.JaxRuntimeError) as error:
+    except _FAILURES as error:
       self._give_up(part, step, error)
       return
     self._saving = threading.Thread(
@@ -92,13 +109,17 @@ class Checkpoints:
     return {name: restored[name] for name in like}
 
   def restore_all(self, step: int) -> dict:
-    """All parts of the state at `step`, of the shapes they were saved with."""
+    """All parts of the state at `step` as they were saved, on one device."""
     folder = self._directory / str(step)
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     parts = [p.name for p in folder.iterdir() if (p / '_METADATA').is_file()]
     restored = self._checkpointer.restore(
       folder,
       args=ocp.args.Composite(
-        **{name: ocp.args.StandardRestore() for name in parts}
+        **{
+          name: ocp.args.StandardRestore(fallback_sharding=device)
+          for name in parts
+        }
       ),
     )
     return {name: restored[name] for name in parts}
@@ -112,7 +133,8 @@ class Checkpoints:
   def close(self) -> None:
     """Waits until everything is on disk, and stops."""
     self.wait()
-    self._checkpointer.close()
+    with contextlib.suppress(*_FAILURES):  # told already
+      self._checkpointer.close()
 
   def _steps(self) -> list[int]:
     names = (path.name for path in self._directory.glob('*'))
@@ -139,6 +161,19 @@ class Checkpoints:
       where = f'; set aside in {target}'
     self._warn(f'warning: checkpoint {step:,} is damaged ({reason}){where}')
 
+  def _check_room(self, state):
+    """Raises OSError where a save would fail half-way, and at length."""
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    self._directory.mkdir(exist_ok=True)
+    probe = self._directory / 'room.part'
+    probe.write_bytes(bytes(min(size, 2**20)))
+    probe.unlink()
+    free = shutil.disk_usage(self._directory).free
+    if free < size:
+      raise OSError(
+        errno.ENOSPC, f'{size:,} bytes needed, {free:,} free', str(probe.parent)
+      )
+
   def _finish(self, part, step, values):
     try:
       self._checkpointer.wait_until_finished()
@@ -147,19 +182,26 @@ class Checkpoints:
         part.rename(self._directory / str(step))
         self._remove_old()
       self._saved = step
-    except Exception as error:  # whatever the disk, or what drives it, raises
+    except _FAILURES as error:
       self._give_up(part, step, error)
 
   def _give_up(self, part, step, error):
     if self._is_writer:
-      for leftover in part.parent.glob(f'{part.name}*'):
-        shutil.rmtree(leftover, ignore_errors=True)
+      self._remove_unfinished()
     last = 'there is none yet' if self._saved is None else f'{self._saved:,}'
     reason = ' '.join(str(error).split())[:200]
     self._warn(
       f'warning: checkpoint {step:,} could not be written ({reason}); '
       f'the run goes on, its last checkpoint: {last}'
     )
+
+  def _remove_unfinished(self):
+    for leftover in self._directory.glob('*.part*'):
+      if leftover.is_dir():
+        shutil.rmtree(leftover, ignore_errors=True)
+      else:
+        with contextlib.suppress(OSError):
+          leftover.unlink()
 
   def _remove_old(self):
     steps = self._steps()
