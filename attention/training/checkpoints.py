@@ -82,7 +82,7 @@ class Checkpoints:
     self.wait()
     part = self._directory / f'{step}.part'
     try:
-      if self._is_writer:
+      if self._is_writer and jax.process_count() == 1:
         self._check_room(state)
       self._checkpointer.save(
         part,

@@ -3,6 +3,7 @@
 import difflib
 import importlib.util
 import pathlib
+import re
 from typing import NamedTuple
 
 from absl import flags
@@ -17,6 +18,10 @@ class Arguments(NamedTuple):
 
   config: ConfigDict
   workdir: pathlib.Path
+  profile: tuple[int, int] | None = None  # the first step, and the one after
+  coordinator: str = ''  # see distributed.start
+  num_processes: int = 0
+  process_id: int = -1
 
 
 def parse(argv: list[str]) -> Arguments:
@@ -44,6 +49,10 @@ def parse(argv: list[str]) -> Arguments:
     'config', config, flag_values=values, sys_argv=words
   )
   flags.DEFINE_string('workdir', None, "For the run's files.", values)
+  flags.DEFINE_string('profile', '', 'START:STOP, steps to trace.', values)
+  flags.DEFINE_string('coordinator', '', 'HOST:PORT of process 0.', values)
+  flags.DEFINE_integer('num_processes', 0, 'All.', flag_values=values)
+  flags.DEFINE_integer('process_id', -1, 'From 0.', flag_values=values)
   try:
     values(words)
   except flags.Error as error:
@@ -53,7 +62,26 @@ def parse(argv: list[str]) -> Arguments:
       '--workdir: expected a folder for the run, got none; '
       'for example --workdir=runs/first'
     )
-  return Arguments(config, pathlib.Path(values.workdir))
+  return Arguments(
+    config,
+    pathlib.Path(values.workdir),
+    _parse_span(values.profile),
+    values.coordinator,
+    values.num_processes,
+    values.process_id,
+  )
+
+
+def _parse_span(text):
+  if not text:
+    return None
+  match = re.fullmatch(r'(\d+):(\d+)', text)
+  if not match or int(match[1]) >= int(match[2]):
+    raise ValueError(
+      f'--profile: expected START:STOP, such as 10:15 for steps 11 to 15, '
+      f'got {text}'
+    )
+  return int(match[1]), int(match[2])
 
 
 def load_config(name: str) -> ConfigDict:
@@ -84,8 +112,9 @@ def load_config(name: str) -> ConfigDict:
       f'{path}: expected get_config to return a ConfigDict, got '
       f'{type(config).__name__}'
     )
-  if isinstance(config.get('training'), ConfigDict):
-    Settings.complete(config.training)
+  if not isinstance(config.get('training'), ConfigDict):
+    raise ValueError(f'{path}: expected config.training, found none')
+  Settings.complete(config.training)
   return config
 
 

@@ -9,13 +9,16 @@ import jax
 
 from attention import plots
 from attention.training import (
+  distributed,
   lock,
   optimizers,
   precision,
   records,
   sharding,
   tasks,
+  work,
 )
+from attention.training.board import Board
 from attention.training.checkpoints import Checkpoints
 from attention.training.guard import NotFinite, Watch
 from attention.training.metrics import Metrics
@@ -23,6 +26,7 @@ from attention.training.progress import Reporter, Stopwatch
 from attention.training.settings import Settings
 from attention.training.step import Step
 from attention.training.stopping import Interrupted, StopSignals
+from attention.training.trace import Trace
 
 
 def train(config, workdir: pathlib.Path) -> None:
@@ -41,12 +45,19 @@ def train(config, workdir: pathlib.Path) -> None:
   prepare(config, pathlib.Path(workdir))()
 
 
-def prepare(config, workdir: pathlib.Path, command: str = ''):
+def prepare(
+  config,
+  workdir: pathlib.Path,
+  *,
+  command: str = '',
+  profile: tuple[int, int] | None = None,
+):
   """Checks everything that can be checked before compiling.
 
   Args:
     config, workdir: as `train`.
     command: what to say that goes on with a stopped run.
+    profile: steps done before a trace begins, and when it ends.
 
   Returns:
     The run, a function without arguments.
@@ -75,10 +86,13 @@ def prepare(config, workdir: pathlib.Path, command: str = ''):
 
   def run():
     with contextlib.ExitStack() as stack:
-      stack.enter_context(lock.held(workdir))
+      if distributed.is_first():
+        stack.enter_context(lock.held(workdir))
+        records.write(workdir, config, task.record())
       stack.enter_context(precision.applied(settings.precision))
-      records.write(workdir, config, task.record())
-      _Run(settings, workdir, task, step, command, stack)()
+      with distributed.together():
+        begun = _Run(settings, workdir, task, step, command, profile, stack)
+        begun()
 
   return run
 
@@ -86,24 +100,33 @@ def prepare(config, workdir: pathlib.Path, command: str = ''):
 class _Run:
   """A run under way: its task and step, and all that is written of them."""
 
-  def __init__(self, settings, workdir, task, step, command, stack):
+  def __init__(self, settings, workdir, task, step, command, profile, stack):
     self.settings, self.workdir = settings, workdir
-    self.task, self.step, self.command = task, step, command
+    self.task, self.step = task, step
+    self.command, self.profile = command, profile
+
+    def opened(x):
+      return stack.enter_context(contextlib.closing(x))
+
     # Signals first: they are heeded until all that follows is closed.
     self.stop = stack.enter_context(StopSignals())
-    self.report = stack.enter_context(Reporter(settings.steps))
-    self.checkpoints = stack.enter_context(
-      contextlib.closing(
-        Checkpoints(workdir / 'checkpoints', settings.num_kept, self.report.say)
-      )
+    self.report = stack.enter_context(
+      Reporter(settings.steps, is_heard=distributed.is_first())
+    )
+    self.checkpoints = opened(
+      Checkpoints(workdir / 'checkpoints', settings.num_kept, self.report.say)
     )
     self.start = self.checkpoints.latest_step() or 0
-    self.metrics = stack.enter_context(
-      contextlib.closing(Metrics(workdir / 'metrics.jsonl', self.start))
+    self.metrics = opened(
+      Metrics(
+        workdir / 'metrics.jsonl', self.start, is_kept=distributed.is_first()
+      )
     )
+    self.trace = opened(Trace(workdir / 'profile', profile))
+    self.opened, self.board = opened, None
 
   def __call__(self):
-    _introduce(self.report, self.task, self.step.like['params'])
+    _introduce(self.report, self.task, self.step)
     steps = self.settings.steps
     is_evaluated = self.metrics.has('eval/', self.start)
     if self.start > steps or (self.start == steps and is_evaluated):
@@ -132,7 +155,12 @@ class _Run:
     self.report.say('compiling …')
     self.report.advance(self.start)
     clock = time.perf_counter()
-    compiling = self.step.compile(self._batch(self.start))
+    batch = self.task.batch(self.start)
+    compiling = self.step.compile(self.step.place(batch))
+    # Meanwhile:
+    self.flops = work.of_step(self.task, batch)
+    if self.settings.tensorboard and distributed.is_first():
+      self.board = self.opened(Board(self.workdir / 'tb', self.start))
     if self.start:
       state = self.checkpoints.restore(self.start, self.step.like)
     else:
@@ -146,7 +174,9 @@ class _Run:
   def _train(self, state):
     """Steps until the last, or until stopped: (steps done, state)."""
     watch, logged, done = Stopwatch(), self.start, self.start
-    guard = Watch(state['params'], self.settings.max_bad_steps, self.report.say)
+    guard = Watch(
+      self.step.like['params'], self.settings.max_bad_steps, self.report.say
+    )
     for n in range(self.start, self.settings.steps):
       batch = self._batch(n)
       with watch.paused():
@@ -154,6 +184,8 @@ class _Run:
       state, values = self.step.run(program, state, batch, n)
       done = n + 1
       self.report.advance(done)
+      with watch.paused():
+        self.trace.at(done, state)
       try:
         guard.note(values.pop('bad'))
         if done == self.settings.steps:
@@ -197,25 +229,39 @@ class _Run:
     self.checkpoints.save(done, state, values)
 
   def _log(self, done, values, seconds, steps):
-    values['train/tokens_per_second'] = (
-      steps * self.task.tokens_per_step / seconds
+    rates = {
+      'train/tokens_per_second': steps * self.task.tokens_per_step / seconds,
+      'train/seconds_per_step': seconds / steps,
+      'train/flops_per_second': steps * self.flops / seconds,
+    }
+    rates['train/utilisation'] = work.utilisation(
+      rates['train/flops_per_second'], self.step.mesh
     )
+    rates['train/memory_mib'] = work.memory_mib(self.step.mesh)
+    values |= {k: v for k, v in rates.items() if v is not None}
     self._write(done, values)
-    self.report.log(done, {**values, 'seconds_per_step': seconds / steps})
+    self.report.log(done, values)
 
   def _write(self, done, values):
     with self._tolerance('metrics.jsonl'):
       self.metrics.write(done, values)
+    if self.board:
+      with self._tolerance('tb'):
+        self.board.scalars(done, values)
 
   def _evaluate(self, state, done):
     """Measures, draws the loss curve, and writes an example."""
-    params = state['params']
     try:
-      values = self.task.evaluate(params, self._place_or_stop)
+      values = self.task.evaluate(state['params'], self._place_or_stop)
     except Interrupted:
       return  # this evaluation is made up for when the run goes on
     self._write(done, values)
     self.report.evaluated(done, values)
+    params = distributed.gather(state['params'])
+    if distributed.is_first():
+      self._show(params, done)
+
+  def _show(self, params, done):
     example = self.task.example(params, seed=done)
     path = self.workdir / 'samples' / f'{done:08d}.txt'
     self.report.say(f'a sample, also in {path}:\n{example.strip()}\n')
@@ -226,6 +272,9 @@ class _Run:
       plots.loss_curve(self.metrics.lines, folder / 'loss.png')
       if hasattr(self.task, 'draw'):
         self.task.draw(folder)
+      if self.board:
+        self.board.sample(done, example)
+        self.board.pictures(done, folder)
 
   def _place_or_stop(self, batch):
     if jax.process_count() == 1:
@@ -241,14 +290,17 @@ class _Run:
       self.report.say(f'warning: {what} could not be written: {error}')
 
 
-def _introduce(report, task, params):
-  leaves = jax.tree.leaves(params)
+def _introduce(report, task, step):
+  leaves = jax.tree.leaves(step.like['params'])
   count = sum(math.prod(leaf.shape) for leaf in leaves)
   size = sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves) / 2**20
   devices = jax.devices()
+  shape = ' × '.join(f'{k} {v}' for k, v in step.mesh.shape.items() if v > 1)
   report.say(
     f'backend     {jax.default_backend()}, {len(devices)} × '
     f'{devices[0].device_kind}'
+    + (f', in use: {shape}' if shape else '')
+    + (f', {n} processes' if (n := jax.process_count()) > 1 else '')
   )
   report.say(f'parameters  {count:,} ({size:.1f} MiB)')
   report.say(f'data        {task.describe()}')

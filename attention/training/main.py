@@ -1,13 +1,25 @@
 """What `python train.py` does."""
 
 import os
-import pathlib
 import shlex
 import sys
 
 import jax
 
-from attention.training import flags, guard, lock, loop
+from attention.training import (
+  compilation,
+  distributed,
+  flags,
+  guard,
+  lock,
+  loop,
+)
+
+# No atomic additions, and the same kernels chosen in every run.
+_DETERMINISTIC = (
+  '--xla_gpu_deterministic_ops=true',
+  '--xla_gpu_autotune_level=0',
+)
 
 
 def main(argv: list[str]) -> int:
@@ -15,8 +27,16 @@ def main(argv: list[str]) -> int:
   try:
     arguments = flags.parse(argv)
     config = arguments.config
-    set_up_jax(config.training.cpu_devices)
-    run = loop.prepare(config, arguments.workdir, shlex.join(['python', *argv]))
+    set_up_jax(config.training.cpu_devices, config.training.deterministic)
+    distributed.start(
+      arguments.coordinator, arguments.num_processes, arguments.process_id
+    )
+    run = loop.prepare(
+      config,
+      arguments.workdir,
+      command=shlex.join(['python', *argv]),
+      profile=arguments.profile,
+    )
   except (ValueError, OSError) as error:
     return complain(error)
   try:
@@ -38,16 +58,17 @@ def complain(error: Exception) -> int:
   return 2
 
 
-def set_up_jax(cpu_devices: int | None = None) -> None:
-  """JAX's compilation cache on; on CPU, that many devices share a batch."""
-  if not jax.config.jax_compilation_cache_dir:
-    home = os.environ.get('XDG_CACHE_HOME', pathlib.Path.home() / '.cache')
-    path = pathlib.Path(home) / 'attention' / 'jax'
-    jax.config.update('jax_compilation_cache_dir', str(path))
-  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
-  jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
-  is_set = 'xla_force_host_platform_device_count' in os.environ.get(
-    'XLA_FLAGS', ''
-  )
-  if cpu_devices and not is_set:
+def set_up_jax(cpu_devices: int = 0, is_deterministic: bool = False) -> None:
+  """Sets what has to be set before JAX is used, its compilation cache too.
+
+  Args:
+    cpu_devices: virtual ones, where there is no accelerator.
+    is_deterministic: only kernels that give the same bits in every run, on GPU
+      (on CPU and TPU all do), at the price of some time.
+  """
+  compilation.use_cache()
+  given = os.environ.get('XLA_FLAGS', '')
+  if cpu_devices and 'xla_force_host_platform_device_count' not in given:
     jax.config.update('jax_num_cpu_devices', cpu_devices)
+  if is_deterministic:
+    os.environ['XLA_FLAGS'] = ' '.join([given, *_DETERMINISTIC]).strip()

@@ -17,10 +17,16 @@ def read(path: pathlib.Path) -> list[dict]:
 class Metrics:
   """Writes metrics.jsonl, a line at a time, each on disk before the next."""
 
-  def __init__(self, path: pathlib.Path, step: int):
-    """Opens the file and removes what came after `step`, the restored one."""
+  def __init__(self, path: pathlib.Path, step: int, *, is_kept: bool = True):
+    """Takes the lines of a file up to `step`, the restored one.
+
+    Args:
+      path: of the file; without the later lines once something is written.
+      step: what comes after it is forgotten.
+      is_kept: whether this process writes; others only remember.
+    """
     self.lines = [line for line in read(path) if line['step'] <= step]
-    self._path = path
+    self._path, self._is_kept = path, is_kept
     self._file = None
 
   def has(self, prefix: str, step: int) -> bool:
@@ -39,6 +45,8 @@ class Metrics:
     values = {k: float(v) for k, v in values.items()}
     finite = {k: v for k, v in values.items() if math.isfinite(v)}
     self.lines.append({'step': step, **finite})
+    if not self._is_kept:
+      return
     try:
       if self._file is None:
         self._rewrite()

@@ -36,11 +36,12 @@ class Stopwatch:
 class Reporter:
   """Prints a run's progress."""
 
-  def __init__(self, steps: int, console: Console | None = None):
-    self._console = console or Console(highlight=False, soft_wrap=True)
+  def __init__(self, steps: int, *, is_heard: bool = True):
+    """Speaks, if it is the process that is heard."""
+    self._console = Console(highlight=False, soft_wrap=True, quiet=not is_heard)
     self._steps = steps
     self._bar = None
-    if self._console.is_terminal:
+    if self._console.is_terminal and is_heard:
       self._bar = Progress(
         TextColumn('{task.description}'),
         BarColumn(),
@@ -73,8 +74,12 @@ class Reporter:
     parts += [f'grad norm {values["train/grad_norm"]:.2f}']
     if 'train/tokens_per_second' in values:
       parts += [f'{values["train/tokens_per_second"]:,.0f} tokens/s']
-      left = (self._steps - step) * values['seconds_per_step']
+      left = (self._steps - step) * values['train/seconds_per_step']
       parts += [f'{_duration(left)} left']
+    if 'train/utilisation' in values:
+      parts += [f'{values["train/utilisation"]:.0%} of peak']
+    if 'train/memory_mib' in values:
+      parts += [f'{values["train/memory_mib"]:,.0f} MiB']
     line = '  '.join(parts)
     if self._bar:
       self._bar.update(self._task, completed=step, description=line)

@@ -37,6 +37,8 @@ class Settings:
   mesh: dict = dataclasses.field(default_factory=_mesh)
   max_bad_steps: int = 5  # in a row, of losses or gradients not finite
   precision: str = ''  # 'params=float32,compute=bfloat16,output=float32'
+  deterministic: bool = False  # on GPU, the same bits in every run; slower
+  tensorboard: bool = True  # tb/, where tensorboardX is installed
   num_microbatches: int = 1  # parts of a batch, whose gradients are added up
 
   FREE = (
@@ -48,6 +50,7 @@ class Settings:
     'cpu_devices',
     'mesh',
     'max_bad_steps',
+    'tensorboard',
   )
 
   def __post_init__(self):

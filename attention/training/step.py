@@ -14,7 +14,7 @@ class Step:
   """What turns a state and a batch into the next state, on a mesh."""
 
   def __init__(self, task, optimizer, schedule, seed: int, mesh, settings):
-    self._mesh = mesh
+    self.mesh = mesh
 
     def begin():
       return init(task, optimizer, seed, settings.precision)
@@ -32,7 +32,7 @@ class Step:
 
   def place(self, batch: dict) -> dict:
     """Puts a batch on the devices, a share on each."""
-    return sharding.place(batch, self._mesh)
+    return sharding.place(batch, self.mesh)
 
   def compile(self, batch: dict) -> futures.Future:
     """Begins to compile the step for placed batches of that shape."""
@@ -44,7 +44,7 @@ class Step:
 
   def run(self, program, state: dict, batch: dict, step: int):
     """(state, metrics) after a step, counted from 0, by a compiled program."""
-    return sharding.settle(self._mesh, program(state, batch, np.int32(step)))
+    return sharding.settle(self.mesh, program(state, batch, np.int32(step)))
 
 
 def init(task, optimizer, seed: int, precision_policy: str = '') -> dict:

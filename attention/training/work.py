@@ -1,0 +1,76 @@
+"""How much a step computes, and how much of what a device could."""
+
+import math
+
+import jax
+
+# Multiplications and additions a second, of dense matrices at the precision
+# that a device is fastest in for training (bfloat16), by its makers' sheets.
+_PEAKS = {
+  'NVIDIA A100': 312e12,
+  'NVIDIA H100': 989e12,
+  'NVIDIA H200': 989e12,
+  'TPU v4': 275e12,
+  'TPU v5 lite': 197e12,
+  'TPU v5p': 459e12,
+  'TPU v6 lite': 918e12,
+}
+
+
+def of_step(task, batch) -> int:
+  """Model FLOPs of a training step: of all matrix products.
+
+  The gradient of a product is two more, so that a step is three times the
+  loss; what is computed again to save memory does not count, as usual
+  (Chowdhery et al. 2022, "PaLM", appendix B).
+  """
+  params = jax.eval_shape(task.init, jax.random.key(0))
+  program = jax.make_jaxpr(task.loss)(params, jax.random.key(0), batch)
+  return 3 * _count(program.jaxpr)
+
+
+def _count(jaxpr):
+  total = 0
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == 'dot_general':
+      total += _of_product(equation)
+      continue
+    times = equation.params.get('length', 1)  # of a scan
+    inner = jax.tree.leaves(
+      list(equation.params.values()), is_leaf=lambda x: _jaxpr(x) is not None
+    )
+    counts = [_count(_jaxpr(x)) for x in inner if _jaxpr(x) is not None]
+    if equation.primitive.name == 'cond':
+      counts = [max(counts)]
+    total += times * sum(counts)
+  return total
+
+
+def _jaxpr(x):
+  x = getattr(x, 'jaxpr', x)
+  return x if hasattr(x, 'eqns') else None
+
+
+def _of_product(equation):
+  left = equation.invars[0].aval.shape
+  (contracted, _), _ = equation.params['dimension_numbers']
+  shape = equation.outvars[0].aval.shape
+  return 2 * math.prod(shape) * math.prod(left[axis] for axis in contracted)
+
+
+def utilisation(flops_per_second: float, mesh) -> float | None:
+  """The part of what a mesh could compute, or None where it isn't known."""
+  kind = mesh.devices.flat[0].device_kind
+  for name, peak in _PEAKS.items():
+    if kind.startswith(name):
+      return flops_per_second / (peak * mesh.size)
+  return None
+
+
+def memory_mib(mesh) -> float | None:
+  """What the fullest device of this process held at most, where it tells."""
+  peaks = [
+    (device.memory_stats() or {}).get('peak_bytes_in_use')
+    for device in mesh.local_devices
+  ]
+  return max(peaks) / 2**20 if peaks and None not in peaks else None
