@@ -370,7 +370,9 @@ def _standard_library_packages():
   folder = pathlib.Path(sysconfig.get_path('stdlib'))
   examples = []
   for name in _PACKAGES:
-    for path in sorted((folder / name).glob('*.py')):
+    for path in sorted((folder / name).rglob('*.py')):
+      if 'test' in str(path.relative_to(folder / name)):
+        continue
       source = path.read_bytes()
       lines = source.decode().splitlines() if source.isascii() else []
       for start in range(0, len(lines), _PASSAGE):

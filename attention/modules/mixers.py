@@ -47,7 +47,7 @@ class Convolution(hk.Module):
   def __call__(self, x):
     """[b, t, m] to [b, t, m]."""
     width = x.shape[-1]
-    x = hk.Conv1D(width, 3, padding='CAUSAL', w_init=self.w_init)(x)
+    x = hk.Conv1D(width, 3, padding=hk.pad.causal, w_init=self.w_init)(x)
     return Linear(width, w_init=self.w_init, name='linear')(jax.nn.gelu(x))
 
 

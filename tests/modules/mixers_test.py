@@ -1,0 +1,35 @@
+"""What attention is compared with: as many parameters, no look ahead."""
+
+import haiku as hk
+import jax
+import numpy as np
+import pytest
+
+import attention
+from attention.modules.mixers import MIXERS
+
+
+def _count(make, width):
+  model = hk.transform(lambda x: make()(x))
+  x = jax.ShapeDtypeStruct((2, 5, width), np.float32)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), x)
+  return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+
+@pytest.mark.parametrize('name', MIXERS)
+@pytest.mark.parametrize('width', [32, 64, 128, 768])
+def test_parameters_are_as_many_as_attentions(name, width):
+  expected = _count(lambda: attention.MultiHeadAttention(num_heads=4), width)
+  assert expected == 4 * width**2 + 4 * width
+  assert abs(_count(MIXERS[name], width) / expected - 1) < 0.02
+
+
+@pytest.mark.parametrize('name', MIXERS)
+def test_a_position_sees_itself_and_what_came_before(name, arrays):
+  (x,) = arrays((2, 7, 12))
+  model = hk.transform(lambda x: MIXERS[name]()(x))
+  params = model.init(jax.random.key(0), x)
+  run = jax.jit(lambda x: model.apply(params, None, x))
+  changed = np.abs(run(x.at[:, 3].add(1)) - run(x)).max((0, 2)) > 1e-6
+  reach = {'lstm': 7, 'conv': 6}[name]
+  np.testing.assert_array_equal(changed, [3 <= t < reach for t in range(7)])
