@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 import attention
+from attention import models
+from attention.modules import evoformer
 from attention.modules.evoformer import EvoformerStack
 
 B, T, K, M = 2, 5, 7, 12
@@ -320,3 +322,89 @@ def test_patterns_of_an_evoformer_are_of_all_rows_and_blocks(arrays):
   assert row.shape == (num_blocks, num_seq, 3, num_res, num_res)
   np.testing.assert_allclose(row.sum(-1), 1, atol=1e-5)
   assert len(patterns) == 4
+
+
+def test_gated_attention_is_captured(arrays):
+  x, bias = arrays((B, T, M), (3, T, T))
+  mask = jnp.asarray([[True] * T, [True] * 3 + [False] * (T - 3)])
+  mask = mask[:, None, None, :].at[0].set(False)
+
+  def function(x, bias):
+    return attention.GatedAttention(num_head=3, zero_init=False)(
+      x, x, mask, bias
+    )
+
+  model, params = _init(function, x, bias)
+  output, patterns = jax.jit(lambda *x: attention.capture(function, *x))(
+    params, x, bias
+  )
+  expected = jax.jit(model.apply)(params, None, x, bias)
+  np.testing.assert_allclose(output, expected, rtol=0, atol=1e-6)
+  leaves = params['gated_attention']
+  query, key = (
+    jnp.einsum('bta,ahc->bthc', x, leaves[f'{name}_w'])
+    for name in ('query', 'key')
+  )
+  expected = attention.attention_weights(query, key, mask=mask, bias=bias)
+  pattern = patterns['gated_attention']
+  np.testing.assert_allclose(pattern, expected, rtol=0, atol=1e-6)
+  assert not pattern[0].any()
+  np.testing.assert_allclose(pattern[1].sum(-1), 1, rtol=0, atol=1e-6)
+
+
+def test_global_attention_is_captured(arrays):
+  (x,) = arrays((B, T, M))
+  mask = jnp.ones((B, T, 1), bool).at[0, 2:].set(False)
+
+  def function(x):
+    return attention.GlobalAttention(num_head=3)(x, x, mask)
+
+  _, params = _init(function, x)
+  patterns = attention.capture(function, params, x)[1]
+  pattern = patterns['global_attention']
+  assert pattern.shape == (B, 3, 1, T)
+  assert not pattern[0, ..., 2:].any()
+  np.testing.assert_allclose(pattern.sum(-1), 1, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize('use_remat', [False, True])
+def test_layers_of_a_gpt_that_scans_are_stacked(use_remat):
+  tokens = jnp.arange(2 * T).reshape(2, T)
+  fields = dict(vocab_size=11, context_size=T, num_layers=3, num_heads=2)
+
+  def function(tokens, **more):
+    return models.create('gpt', model_size=M, **fields, **more)(tokens)
+
+  _, params = _init(function, tokens)
+  plain = attention.capture(function, params, tokens)[1]
+  scanned = jax.jit(
+    lambda *x: attention.capture(
+      function, *x, use_scan=True, use_remat=use_remat
+    )[1]
+  )(params, tokens)
+  np.testing.assert_allclose(
+    scanned['gpt/block/attention'],
+    np.stack(list(plain.values())),
+    rtol=0,
+    atol=1e-6,
+  )
+
+
+def test_rows_mapped_in_blocks_are_whole(arrays):
+  # Enough rows for more than one block of them.
+  msa, pair = arrays((50, 60, 4), (60, 60, 4))
+
+  def function(msa, pair):
+    return evoformer.MSARowAttentionWithPairBias(num_head=2)(
+      msa, jnp.ones((50, 60), bool), pair
+    )
+
+  model, params = _init(function, msa, pair)
+  output, patterns = jax.jit(
+    lambda *x: attention.capture(function, *x, queries=[7])
+  )(params, msa, pair)
+  (pattern,) = patterns.values()
+  assert pattern.shape == (50, 2, 1, 60)
+  np.testing.assert_allclose(pattern.sum(-1), 1, rtol=0, atol=1e-6)
+  expected = jax.jit(model.apply)(params, None, msa, pair)
+  np.testing.assert_allclose(output, expected, rtol=0, atol=1e-6)
