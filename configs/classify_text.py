@@ -65,6 +65,8 @@ def _default():
         'eval_every': 200,
         'checkpoint_every': 200,
         'cpu_devices': 2,
+        'precision': '',
+        'num_microbatches': 1,
       },
     }
   )

@@ -55,6 +55,8 @@ def _default():
         'eval_every': 250,
         'checkpoint_every': 500,
         'cpu_devices': 2,
+        'precision': '',
+        'num_microbatches': 1,
       },
     }
   )

@@ -60,6 +60,8 @@ def _default():
         'eval_every': 1_000,
         'checkpoint_every': 1_000,
         'cpu_devices': 2,
+        'precision': '',
+        'num_microbatches': 1,
       },
     }
   )
