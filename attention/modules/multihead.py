@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from attention.modules.layers import Linear, RMSNorm
 from attention.ops import similarity
+from attention.ops.cache import Cache, CrossCache
 from attention.ops.dot_product import (
   additive_attention,
   attention_weights,
@@ -64,6 +65,7 @@ class MultiHeadAttention(hk.Module):
     mask=None,
     bias=None,
     positions=None,
+    cache=None,
     is_training: bool = False,
   ):
     """Attends from `query` to `key`.
@@ -75,24 +77,49 @@ class MultiHeadAttention(hk.Module):
       mask: see `dot_product_attention`, as `bias`.
       bias: added to the logits.
       positions: of the queries, and of the keys if they come from the same
-        array, for rotary codes: [q] or [*b, q]; counted from 0 by default.
+        array, for rotary codes: [q] or [*b, q]; counted from 0, or on from what
+        the cache holds, by default.
+      cache: a `Cache` of the tokens before, to which `query` is the next; or a
+        `CrossCache`, which an empty one keeps of `key` and `value`, and which
+        then stands for them.
       is_training: whether attention weights are dropped.
 
     Returns:
-      [*b, q, model_size] in the dtype of `query`.
+      [*b, q, model_size] in the dtype of `query`; with a cache, a pair of that
+      and the cache after it.
 
     Raises:
       ValueError: widths and heads that don't divide, shapes that don't fit,
         fields with values that aren't known.
     """
     self._check(positions)
+    is_cached = isinstance(cache, CrossCache) and cache.key is not None
+    if isinstance(cache, CrossCache) and key is None and not is_cached:
+      raise ValueError('key: expected a context, as the CrossCache holds none')
     is_self = key is None or key is query
     key = query if key is None else key
     value = key if value is None else value
     model_size = self.model_size or query.shape[-1]
-    q, k, v = self._project(query, key, value, model_size)
-    q, k = self._encode(q, k, positions, is_self)
+    if is_cached:
+      q, _, _ = self._project(query, None, None, model_size)
+      q, _ = self._encode(q, None, positions, is_self=False)
+      k, v = cache.key, cache.value
+    else:
+      q, k, v = self._project(query, key, value, model_size)
+      if isinstance(cache, Cache) and self.with_rotary and positions is None:
+        positions = cache.positions(query.shape[-2])
+      q, k = self._encode(q, k, positions, is_self)
+      if isinstance(cache, Cache):
+        cache, (k, v, mask, bias) = cache.extend(k, v, mask, bias)
+      elif cache is not None:
+        cache = CrossCache(k, v)
     heads = self.attend(q, k, v, mask=mask, bias=bias, is_training=is_training)
+    output = self._join(heads, model_size)
+    return output if cache is None else (output, cache)
+
+  @hk.transparent
+  def _join(self, heads, model_size):
+    """[*b, q, h, e] → [*b, q, m]."""
     if self.value_factorisation == 'full':
       return heads.sum(-2)
     flat = heads.reshape(*heads.shape[:-2], -1)
@@ -166,14 +193,17 @@ class MultiHeadAttention(hk.Module):
 
   @hk.transparent
   def _encode(self, query, key, positions, is_self):
-    """Norms and rotary codes of queries and keys [*b, t, h, d]."""
+    """Norms and rotary codes of queries [*b, t, h, d] and keys, if any."""
     if self.with_qk_norm:
-      query, key = RMSNorm('query_norm')(query), RMSNorm('key_norm')(key)
+      query = RMSNorm('query_norm')(query)
+      key = None if key is None else RMSNorm('key_norm')(key)
     if self.with_rotary:
       if positions is None:
         positions = jnp.arange(query.shape[-3])
-      of_keys = positions if is_self else jnp.arange(key.shape[-3])
-      query, key = rotary(query, positions), rotary(key, of_keys)
+      query = rotary(query, positions)
+      if key is not None:
+        of_keys = positions if is_self else jnp.arange(key.shape[-3])
+        key = rotary(key, of_keys)
     return query, key
 
   def _check(self, positions):
@@ -204,26 +234,28 @@ class MultiHeadAttention(hk.Module):
       outputs = self._project_fused(inputs, widths)
     else:
       outputs = [
-        Linear(width, with_bias=self.with_bias, w_init=self.w_init, name=name)(
-          x
-        )
+        None
+        if x is None
+        else Linear(
+          width, with_bias=self.with_bias, w_init=self.w_init, name=name
+        )(x)
         for x, width, name in zip(
           inputs, widths, ('query', 'key', 'value'), strict=True
         )
       ]
     return [
-      x.reshape(*x.shape[:-1], h, s)
+      None if x is None else x.reshape(*x.shape[:-1], h, s)
       for x, h, s in zip(outputs, heads, sizes, strict=True)
     ]
 
   @hk.transparent
   def _project_fused(self, inputs, widths):
     """[q | k | v] in one product; in cross-attention, each its own slice."""
-    sizes = {x.shape[-1] for x in inputs}
-    if len(sizes) > 1:
+    sizes = [x.shape[-1] for x in inputs if x is not None]
+    if len({*sizes}) > 1:
       raise ValueError(
         'fused_qkv: expected query, key and value of one width, '
-        f'got {[x.shape[-1] for x in inputs]}; set fused_qkv=False'
+        f'got {sizes}; set fused_qkv=False'
       )
     splits = [widths[0], widths[0] + widths[1]]
     qkv = Linear(
@@ -232,7 +264,10 @@ class MultiHeadAttention(hk.Module):
     query, key, value = inputs
     if query is key and key is value:
       return jnp.split(qkv(query), splits, axis=-1)
-    return [jnp.split(qkv(x), splits, axis=-1)[i] for i, x in enumerate(inputs)]
+    return [
+      None if x is None else jnp.split(qkv(x), splits, axis=-1)[i]
+      for i, x in enumerate(inputs)
+    ]
 
   def _head_sizes(self, width, model_size):
     num_kv_heads = self.num_kv_heads or self.num_heads

@@ -38,6 +38,7 @@ class TransformerBlock(hk.Module):
     *,
     mask=None,
     context_mask=None,
+    cache: dict | None = None,
     is_training: bool = False,
   ):
     """One block.
@@ -48,10 +49,12 @@ class TransformerBlock(hk.Module):
       mask: of self-attention, see `dot_product_attention`; other mixers look
         back only, whatever it says.
       context_mask: of cross-attention.
+      cache: {'attention': `Cache`}, with 'cross_attention': `CrossCache` where
+        there is such a layer; once that is filled, `context` may be None.
       is_training: whether to drop.
 
     Returns:
-      [*b, t, m].
+      [*b, t, m]; with a cache, a pair of that and the cache after it.
 
     Raises:
       ValueError: unknown norm, activation or mixer, or a width not divisible
@@ -77,22 +80,43 @@ class TransformerBlock(hk.Module):
         **(self.attention or {}),
       )
 
+    cached = dict(cache or {})
+    further = {}
+    if 'cross_attention' in cached and (self.attention or {}).get(
+      'with_rotary'
+    ):
+      further = {'positions': cached['attention'].positions(x.shape[-2])}
+
+    def attend(y, name, *inputs, **arguments):
+      layer = cached.get(name)
+      y = attention(name)(
+        y, *inputs, cache=layer, is_training=is_training, **arguments
+      )
+      if layer is not None:
+        y, cached[name] = y
+      return y
+
     def mix(y):
-      if self.mixer in MIXERS:
-        return MIXERS[self.mixer](w_init=self.w_init, name=self.mixer)(y)
-      return attention('attention')(y, mask=mask, is_training=is_training)
+      if self.mixer not in MIXERS:
+        return attend(y, 'attention', mask=mask)
+      if cached:
+        raise ValueError(
+          f"cache: mixer {self.mixer!r} has none, only 'attention'"
+        )
+      return MIXERS[self.mixer](w_init=self.w_init, name=self.mixer)(y)
 
     x = self._add(x, self.mixer, mix, is_training)
-    if context is not None:
+    if context is not None or 'cross_attention' in cached:
       x = self._add(
         x,
         'cross_attention',
-        lambda y: attention('cross_attention')(
-          y, context, mask=context_mask, is_training=is_training
+        lambda y: attend(
+          y, 'cross_attention', context, mask=context_mask, **further
         ),
         is_training,
       )
-    return self._add(x, 'feed_forward', self._feed_forward, is_training)
+    x = self._add(x, 'feed_forward', self._feed_forward, is_training)
+    return x if cache is None else (x, cached)
 
   @hk.transparent
   def _add(self, x, name, sublayer, is_training):

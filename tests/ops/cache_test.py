@@ -1,0 +1,140 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attention.ops import biases
+from attention.ops.cache import Cache, align
+from attention.ops.dot_product import dot_product_attention
+from attention.ops.masks import Mask
+
+B, T, H, G, D, E, N = 3, 11, 6, 2, 5, 7, 17
+
+
+def _heads(arrays):
+  return arrays((B, T, H, D), (B, T, G, D), (B, T, G, E))
+
+
+def _in_pieces(query, key, value, sizes, start=None, **arguments):
+  """Attention of all queries, fed some at a time."""
+  cache, outputs, at = Cache.create(N, start), [], 0
+  for size in sizes:
+    part = slice(at, at + size)
+    cache, (k, v, mask, bias) = cache.extend(
+      key[:, part], value[:, part], **arguments
+    )
+    outputs.append(
+      dot_product_attention(query[:, part], k, v, mask=mask, bias=bias)
+    )
+    at += size
+  assert cache.length == at
+  return jnp.concatenate(outputs, axis=1)
+
+
+_SEGMENTS = np.broadcast_to(np.arange(N) // 4, (B, N))
+_CASES = {
+  'causal': dict(mask=Mask.causal()),
+  'window': dict(mask=Mask.causal() & Mask.window(left=3)),
+  'segments': dict(mask=Mask.causal() & Mask.segments(_SEGMENTS)),
+  'array': dict(mask=np.tri(N, dtype=bool)),
+  'prefix': dict(mask=Mask.prefix(np.array([2, 1, 3]))),
+  'alibi': dict(mask=Mask.causal(), bias=biases.alibi(H)),
+  'bias': dict(
+    mask=Mask.causal(),
+    bias=np.random.default_rng(0).normal(size=(H, N, N)).astype(np.float32),
+  ),
+}
+
+
+def _whole(case):
+  """The same arguments for the sequence without a cache."""
+  if case == 'segments':
+    return {'mask': Mask.causal() & Mask.segments(_SEGMENTS[:, :T])}
+  return {
+    name: x[..., :T, :T] if isinstance(x, np.ndarray) else x
+    for name, x in _CASES[case].items()
+  }
+
+
+@pytest.mark.parametrize('case', _CASES)
+def test_pieces_are_the_whole(case, arrays, assert_close):
+  heads = _heads(arrays)
+  expected = dot_product_attention(*heads, **_whole(case))
+  # The prefix must come in one piece, to be seen by all of itself.
+  for sizes in ([T], [4, 1, 1, 5], [3, *[1] * (T - 3)]):
+    assert_close(_in_pieces(*heads, sizes, **_CASES[case]), expected)
+
+
+def test_rows_with_padding_are_as_alone(arrays, assert_close):
+  query, key, value = _heads(arrays)
+  start = np.array([0, 4, 2], np.int32)
+  for sizes in ([T], [5, 1, 4, 1]):
+    actual = _in_pieces(
+      query, key, value, sizes, start, mask=Mask.causal() & Mask.window(left=6)
+    )
+    for row, first in enumerate(start):
+      alone = dot_product_attention(
+        *(x[row : row + 1, first:] for x in (query, key, value)),
+        mask=Mask.causal() & Mask.window(left=6),
+      )
+      assert_close(actual[row : row + 1, first:], alone)
+      assert not np.asarray(actual[row, :first]).any()  # padding sees nothing
+
+
+def test_positions_go_on_behind_the_padding():
+  cache = Cache.create(N, np.array([0, 3]))
+  np.testing.assert_array_equal(
+    cache.positions(5), [[0, 1, 2, 3, 4], [0, 0, 0, 0, 1]]
+  )
+  key = jnp.ones((2, 5, G, D))
+  cache, _ = cache.extend(key, key)
+  np.testing.assert_array_equal(cache.positions(2), [[5, 6], [2, 3]])
+  np.testing.assert_array_equal(Cache.create(N).positions(3), [0, 1, 2])
+
+
+def test_slots_not_yet_filled_are_not_seen_without_a_mask(arrays, assert_close):
+  heads = _heads(arrays)
+  actual = _in_pieces(*heads, [T - 1, 1])[:, -1:]
+  expected = dot_product_attention(heads[0][:, -1:], *heads[1:])
+  assert_close(actual, expected)
+
+
+def test_more_tokens_than_slots_are_refused():
+  key = jnp.ones((2, 5, G, D))
+  with pytest.raises(ValueError, match='at most capacity=4 tokens, got 5'):
+    Cache.create(4).extend(key, key)
+  with pytest.raises(ValueError, match='capacity: expected 1 or more, got 0'):
+    Cache.create(0)
+
+
+def test_a_loop_writes_into_the_buffers_in_place():
+  """Donated, a cache needs no second copy of itself, whatever the loop."""
+  steps, size = 64, (8, 512, 4, 32)
+  cache = Cache.create(size[1])
+  cache, _ = cache.extend(jnp.ones((8, 3, 4, 32)), jnp.ones((8, 3, 4, 32)))
+
+  def loop(cache, x):
+    def body(_, carry):
+      cache, x = carry
+      cache, (k, v, mask, _) = cache.extend(x, x, Mask.causal())
+      return cache, dot_product_attention(x, k, v, mask=mask)
+
+    return jax.lax.fori_loop(0, steps, body, (cache, x))
+
+  compiled = (
+    jax.jit(loop, donate_argnums=0).lower(cache, jnp.ones((8, 1, 4, 32)))
+  ).compile()
+  memory = compiled.memory_analysis()
+  buffers = 2 * 4 * np.prod(size)
+  assert memory.alias_size_in_bytes >= buffers
+  assert memory.temp_size_in_bytes < buffers / 4
+
+
+def test_prompts_are_aligned_at_their_ends():
+  tokens, start = align([[5, 6, 7], [8]])
+  np.testing.assert_array_equal(tokens, [[5, 6, 7], [8, 8, 8]])
+  np.testing.assert_array_equal(start, [0, 2])
+  assert align([[5]], 4)[0].shape == (1, 4)
+  for wrong in ([[1], []], [[1, 2, 3]]):
+    with pytest.raises(ValueError, match='expected 1 to [12] tokens in each'):
+      align(wrong, 2 if len(wrong) == 1 else None)
