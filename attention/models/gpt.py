@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from attention.modules.layers import LayerNorm, Linear, dropout
 from attention.modules.stack import run_blocks
 from attention.modules.transformer import TransformerBlock
+from attention.ops.cache import Cache
 from attention.ops.masks import Mask
 
 
@@ -35,20 +36,26 @@ class GPT(hk.Module):
   use_remat: bool = False  # activations inside a block computed twice
   name: str | None = None
 
-  def __call__(self, tokens, *, is_training: bool = False):
+  def __call__(self, tokens, *, cache=None, is_training: bool = False):
     """Logits of the token after each position.
 
     Args:
       tokens: [b, t] ids in [0, vocab_size), t up to context_size.
+      cache: an empty `Cache` that each layer begins with, or what this gave for
+        the tokens before; its capacity is up to context_size.
       is_training: whether to drop.
 
     Returns:
-      [b, t, vocab_size] float32.
+      [b, t, vocab_size] float32; with a cache, a pair of that and the cache
+      after the tokens.
 
     Raises:
       ValueError: t over context_size, or a width not divisible by num_heads.
     """
-    length = tokens.shape[-1]
+    if isinstance(cache, Cache):
+      cache = ({'attention': cache},) * self.num_layers
+    first = None if cache is None else cache[0]['attention']
+    length = tokens.shape[-1] if first is None else first.capacity
     if length > self.context_size:
       raise ValueError(
         f'tokens: expected at most context_size={self.context_size} '
@@ -69,13 +76,18 @@ class GPT(hk.Module):
     positions = hk.get_parameter(
       'positions', (self.context_size, self.model_size), init=init
     )
-    x = token_table(tokens) + positions[:length]
+    if first is None:
+      positions = positions[:length]
+    else:
+      positions = positions[first.positions(tokens.shape[-1])]
+    x = token_table(tokens) + positions
     x = dropout(x, self.dropout_rate, is_training)
     # One array, for every layer to read: see TransformerBlock.
     x = jax.lax.optimization_barrier(x)
+    layers, after = list(cache or ()), []
 
     def block(name, x):
-      return TransformerBlock(
+      module = TransformerBlock(
         num_heads=self.num_heads,
         mixer=self.mixer,
         dropout_rate=self.dropout_rate,
@@ -86,30 +98,41 @@ class GPT(hk.Module):
           'implementation': self.implementation,
         },
         name=name,
-      )(x, mask=Mask.causal(), is_training=is_training)
+      )
+      if cache is None:
+        return module(x, mask=Mask.causal(), is_training=is_training)
+      x, cached = module(x, mask=Mask.causal(), cache=layers.pop(0))
+      after.append(cached)
+      return x
 
     x = run_blocks(
       block,
       self.num_layers,
       x,
-      use_scan=self.use_scan,
-      use_remat=self.use_remat,
+      use_scan=self.use_scan and cache is None,
+      use_remat=self.use_remat and cache is None,
     )
     x = LayerNorm('final_norm')(x)
     if self.with_tied_output:
-      return (x @ token_table.embeddings.T).astype(jnp.float32)
-    return Linear(self.vocab_size, with_bias=False, w_init=init, name='output')(
-      x
-    ).astype(jnp.float32)
+      logits = x @ token_table.embeddings.T
+    else:
+      logits = Linear(
+        self.vocab_size, with_bias=False, w_init=init, name='output'
+      )(x)
+    logits = logits.astype(jnp.float32)
+    return logits if cache is None else (logits, tuple(after))
 
 
-def window_step(apply, params, context_size: int):
+def window_step(apply, params, context_size: int, start=0):
   """Decoding by a plain forward pass over the last `context_size` tokens.
+
+  For layers that have no cache.
 
   Args:
     apply: (params, tokens [b, t]) -> logits [b, t, v].
     params: of the model.
     context_size: the longest input.
+    start: how much padding all rows of the prompt begin with.
 
   Returns:
     (step, cache) for `attention.decoding`; the cache is made for a batch of
@@ -127,4 +150,4 @@ def window_step(apply, params, context_size: int):
     last = jax.lax.dynamic_index_in_dim(logits, length - 1, 1, keepdims=False)
     return last, (window, length)
 
-  return step, (jnp.zeros((1, context_size), jnp.int32), jnp.int32(0))
+  return step, (jnp.zeros((1, context_size), jnp.int32), jnp.int32(0) - start)

@@ -1,3 +1,5 @@
+import functools
+
 import haiku as hk
 import jax
 import jax.numpy as jnp
@@ -7,6 +9,7 @@ import pytest
 from attention import decoding, models
 from attention.models.gpt import window_step
 from attention.models.losses import cross_entropy
+from attention.ops.cache import Cache, align
 
 _FIELDS = dict(
   vocab_size=13, context_size=11, num_layers=3, num_heads=2, model_size=10
@@ -15,9 +18,9 @@ _FIELDS = dict(
 
 def _model(**fields):
   model = hk.transform(
-    lambda tokens, is_training=False: models.create(
-      'gpt', **(_FIELDS | fields)
-    )(tokens, is_training=is_training)
+    lambda tokens, **more: models.create('gpt', **(_FIELDS | fields))(
+      tokens, **more
+    )
   )
   return model, model.init(jax.random.key(0), np.zeros((1, 2), int))
 
@@ -81,6 +84,27 @@ def test_cross_entropy_counts_nats_where_the_mask_is_true(assert_close):
   assert count == 1
 
 
+def _step(model, params):
+  def step(tokens, cache):
+    logits, cache = model.apply(params, None, tokens, cache=cache)
+    return logits[:, -1], cache
+
+  return step
+
+
+def test_tokens_in_pieces_give_the_logits_of_the_whole(assert_close):
+  model, params = _model()
+  params = jax.tree.map(lambda p: p * 5, params)
+  tokens = np.random.default_rng(0).integers(0, 13, (2, 11))
+  expected = model.apply(params, None, tokens)
+  cache, at = Cache.create(11), 0
+  for size in (4, 1, 5, 1):
+    piece = tokens[:, at : at + size]
+    logits, cache = model.apply(params, None, piece, cache=cache)
+    assert_close(logits, expected[:, at : at + size])
+    at += size
+
+
 def test_window_step_gives_the_plain_forward_pass(assert_close):
   model, params = _model()
   step, cache = window_step(
@@ -95,14 +119,24 @@ def test_window_step_gives_the_plain_forward_pass(assert_close):
     assert_close(logits, model.apply(params, None, window)[:, -1], scale=5)
 
 
+def test_prompts_of_different_lengths_go_on_as_alone():
+  model, params = _model()
+  params = jax.tree.map(lambda p: p * 20, params)
+  prompts = [[1, 2, 3, 4, 5], [6], [7, 8, 9]]
+  tokens, start = align(prompts)
+  write = functools.partial(decoding.greedy, _step(model, params))
+  together = write(Cache.create(11, start), tokens, 6)
+  for row, prompt in zip(together, prompts, strict=True):
+    alone = write(Cache.create(11), np.array([prompt]), 6)[0]
+    np.testing.assert_array_equal(row, alone)
+
+
 def test_the_likeliest_tokens_are_those_of_a_loop():
   model, params = _model()
   params = jax.tree.map(lambda p: p * 20, params)
   tokens = np.array([[1, 2, 3]])
-  step, cache = window_step(lambda p, t: model.apply(p, None, t), params, 11)
-  drawn = decoding.sample(
-    step, cache, tokens, 6, jax.random.key(0), temperature=0.0
-  )
+  step = _step(model, params)
+  drawn = decoding.greedy(step, Cache.create(9), tokens, 6)
   for _ in range(6):
     logits = model.apply(params, None, tokens)
     tokens = np.append(tokens, np.argmax(logits[:, -1:], -1), axis=1)
@@ -128,6 +162,8 @@ def test_more_tokens_than_positions_are_refused():
   model, params = _model()
   with pytest.raises(ValueError, match='at most context_size=11 .* got 12'):
     model.apply(params, None, np.zeros((1, 12), int))
+  with pytest.raises(ValueError, match='at most context_size=11 .* got 12'):
+    model.apply(params, None, np.zeros((1, 2), int), cache=Cache.create(12))
 
 
 def test_an_unknown_model_is_refused():

@@ -11,6 +11,9 @@ from attention.capture import capture
 from attention.data import language
 from attention.models.gpt import window_step
 from attention.models.losses import cross_entropy
+from attention.ops.cache import Cache, align
+
+_PIECE = 16  # tokens that a stream writes at once
 
 
 class Language:
@@ -27,12 +30,9 @@ class Language:
         f'model.vocab_size: expected at least {vocabulary.size}, as the data '
         f'has, got {model["vocab_size"]}'
       )
+    self._has_cache = model.get('mixer', 'attention') == 'attention'
     forward = functools.partial(models.create, 'gpt', **model)
-    self._model = hk.transform(
-      lambda tokens, is_training=False: forward()(
-        tokens, is_training=is_training
-      )
-    )
+    self._model = hk.transform(lambda tokens, **more: forward()(tokens, **more))
 
   @classmethod
   def create(cls, config) -> 'Language':
@@ -89,7 +89,7 @@ class Language:
 
   def loss(self, params, rng, batch):
     """Nats, with dropout, and the number of tokens."""
-    logits = self._model.apply(params, rng, batch['tokens'], True)
+    logits = self._model.apply(params, rng, batch['tokens'], is_training=True)
     return cross_entropy(logits, batch['targets'])
 
   def evaluate(self, params, place) -> dict[str, float]:
@@ -119,32 +119,60 @@ class Language:
     return self.sample(params, '\n', 200, seed=seed, temperature=0.8)
 
   def sample(
-    self,
-    params,
-    prompt: str,
-    num_tokens: int,
-    *,
-    seed: int,
-    temperature: float = 1.0,
-    top_k: int | None = None,
+    self, params, prompt: str, num_tokens: int, *, seed: int, **options
   ) -> str:
-    """The prompt and what the model writes after it.
+    """The prompt and what the model writes after it; see `stream`."""
+    return ''.join(
+      self.stream(params, prompt, num_tokens, seed=seed, **options)
+    )
+
+  def stream(
+    self, params, prompt: str, num_tokens: int, *, seed: int, **options
+  ):
+    """The prompt and what the model writes after it, as it comes.
+
+    Each piece is written with a cache that begins with what fits into the
+    model's context before it.
+
+    Args:
+      params: of the model.
+      prompt: what to begin from.
+      num_tokens: how many to write.
+      seed: of the draws.
+      **options: temperature, top_k, …: see `attention.decoding.sample`.
+
+    Yields:
+      Pieces of text, the prompt first.
 
     Raises:
-      ValueError: an empty prompt, or symbols that the model has never seen.
+      ValueError: an empty prompt, or symbols that the model has never seen;
+        options out of range.
     """
     if num_tokens < 1:
       raise ValueError(f'num_tokens: expected 1 or more, got {num_tokens}')
-    tokens = self._encode('prompt', prompt)
-    drawn = self._sample(
-      params,
-      tokens[:, -self.context_size :],
-      jax.random.key(seed),
-      num_tokens=num_tokens,
-      temperature=temperature,
-      top_k=top_k,
-    )
-    return prompt + self.vocabulary.decode(np.asarray(drawn)[0])
+    tokens = self._encode('prompt', prompt)[0].tolist()
+    size = max(1, min(_PIECE, self.context_size // 4))
+    rng = jax.random.key(seed)
+    options = {k: v for k, v in options.items() if v is not None}
+    yield prompt
+    drawn, said = [], 0
+    while len(drawn) < num_tokens:
+      before = (tokens + drawn)[-(self.context_size - size + 1) :]
+      # Few lengths, so that few programs are compiled.
+      length = min(_ceil_power(len(before)), self.context_size - size + 1)
+      piece = self._write(
+        params,
+        *align([before], length),
+        jax.random.fold_in(rng, len(drawn)),
+        num_tokens=size,
+        **options,
+      )
+      drawn += np.asarray(piece)[0].tolist()
+      text = self.vocabulary.decode(drawn[:num_tokens])
+      if len(drawn) < num_tokens:
+        text = text.rstrip('\ufffd')  # the first bytes of a symbol
+      yield text[said:]
+      said = len(text)
 
   def patterns(self, params, text: str, **selection) -> dict:
     """What the model attends to in a text.
@@ -181,11 +209,37 @@ class Language:
       raise ValueError(f'{name}: {error}') from None
 
   @functools.cached_property
-  def _sample(self):
-    def sample(params, tokens, rng, **options):
-      step, cache = window_step(self.apply, params, self.context_size)
-      return decoding.sample(step, cache, tokens, rng=rng, **options)
+  def _write(self):
+    def cached_step(params, capacity, start):
+      def step(tokens, cache):
+        logits, cache = self._model.apply(params, None, tokens, cache=cache)
+        return logits[:, -1], cache
+
+      return step, Cache.create(capacity, start)
+
+    def write(params, tokens, start, rng, num_tokens, **options):
+      if self._has_cache:
+        # The last token is not fed.
+        capacity = tokens.shape[1] + num_tokens - 1
+        step, cache = cached_step(params, capacity, start)
+      else:
+        step, cache = window_step(
+          self.apply, params, self.context_size, start[0]
+        )
+      return decoding.sample(step, cache, tokens, num_tokens, rng, **options)
 
     return jax.jit(
-      sample, static_argnames=('num_tokens', 'temperature', 'top_k')
+      write,
+      static_argnames=(
+        'num_tokens',
+        'temperature',
+        'top_k',
+        'top_p',
+        'min_p',
+        'repetition_penalty',
+      ),
     )
+
+
+def _ceil_power(number):
+  return 1 << (number - 1).bit_length()
