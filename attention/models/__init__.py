@@ -4,8 +4,9 @@ import difflib
 
 from attention.models.classifier import Classifier
 from attention.models.gpt import GPT
+from attention.models.translator import Translator
 
-_MODELS = {'classifier': Classifier, 'gpt': GPT}
+_MODELS = {'classifier': Classifier, 'gpt': GPT, 'translator': Translator}
 
 
 def classes() -> tuple[type, ...]:
@@ -17,7 +18,7 @@ def create(name: str, **fields):
   """The model of that name; call it inside `hk.transform`.
 
   Args:
-    name: 'classifier' or 'gpt'.
+    name: 'classifier', 'gpt' or 'translator'.
     **fields: of its class.
 
   Raises:

@@ -5,6 +5,26 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 
+def token_cross_entropy(
+  logits: Float[Array, '*b v'],
+  targets: Int[Array, '*b'],
+  label_smoothing: float = 0.0,
+) -> Float[Array, '*b']:
+  """Negative log-likelihood of each target, in nats.
+
+  Args:
+    logits: unnormalised log-probabilities.
+    targets: token ids, in [0, v).
+    label_smoothing: how much of a target's probability is spread over the whole
+      vocabulary (Szegedy et al. 2016, section 7).
+  """
+  logits = logits.astype(jnp.float32)
+  picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+  if label_smoothing:
+    picked += label_smoothing * (logits.mean(-1) - picked)
+  return jax.nn.logsumexp(logits, axis=-1) - picked
+
+
 def cross_entropy(
   logits: Float[Array, '*b v'],
   targets: Int[Array, '*b'],
@@ -20,9 +40,7 @@ def cross_entropy(
   Returns:
     The sum over targets that count, in nats, and how many they are.
   """
-  logits = logits.astype(jnp.float32)
-  picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-  nats = jax.nn.logsumexp(logits, axis=-1) - picked
+  nats = token_cross_entropy(logits, targets)
   if mask is None:
     return nats.sum(), jnp.float32(nats.size)
   return jnp.where(mask, nats, 0).sum(), mask.sum(dtype=jnp.float32)

@@ -5,8 +5,13 @@ import pathlib
 
 from attention.training.tasks.classification import Classification
 from attention.training.tasks.language import Language
+from attention.training.tasks.translation import Translation
 
-_TASKS = {'classification': Classification, 'language': Language}
+_TASKS = {
+  'classification': Classification,
+  'language': Language,
+  'translation': Translation,
+}
 
 
 def create(config):

@@ -1,0 +1,83 @@
+"""Translation between two aligned text files: a small Transformer with BPE.
+
+  python train.py --config=configs/translate.py --workdir=runs/translate \\
+    --config.data.path=train.en.gz --config.data.target_path=train.de.gz \\
+    --config.data.validation_path=val.en.gz \\
+    --config.data.validation_target_path=val.de.gz
+"""
+
+import ml_collections
+
+
+def get_config(size: str = '') -> ml_collections.ConfigDict:
+  """The config of that size: '' or 'debug'."""
+  sizes = {'': _default, 'debug': _debug}
+  if size not in sizes:
+    raise ValueError(f'size: expected one of {sorted(sizes)}, got {size!r}')
+  return sizes[size]()
+
+
+def _default():
+  return ml_collections.ConfigDict(
+    {
+      'task': 'translation',
+      'seed': 0,
+      'data': {
+        'path': '',  # sentences, one a line; '': dates, which are embedded
+        'target_path': '',  # their translations, line by line
+        'validation_path': '',  # held out
+        'validation_target_path': '',
+        'level': 'bpe',  # or 'bytes'
+        'vocab_size': 5_000,
+        'max_length': 100,  # tokens; longer pairs are left out
+        'batch_tokens': 4_096,  # of source and target together
+        'num_buckets': 5,  # shapes that batches have
+        'num_pairs': 30_000,  # of the embedded corpus
+      },
+      'model': {
+        'num_layers': 4,
+        'num_heads': 4,
+        'model_size': 128,
+        'hidden_size': 256,
+        'dropout_rate': 0.3,
+        'attention': {'implementation': 'reference'},
+      },
+      'loss': {'label_smoothing': 0.1},
+      'optimizer': {
+        'learning_rate': 2e-3,
+        'warmup_steps': 1_000,
+        'final_fraction': 0.01,
+        'weight_decay': 0.01,
+        'b1': 0.9,
+        'b2': 0.98,
+        'clip_norm': 1.0,
+      },
+      'training': {
+        'steps': 9_000,
+        'log_every': 100,
+        'eval_every': 500,
+        'checkpoint_every': 500,
+        'cpu_devices': 2,  # that share a batch, where there is no accelerator
+      },
+    }
+  )
+
+
+def _debug():
+  config = _default()
+  config.data.update(
+    {'vocab_size': 300, 'batch_tokens': 512, 'num_buckets': 2, 'num_pairs': 200}
+  )
+  config.model.update(
+    {'num_layers': 1, 'num_heads': 2, 'model_size': 16, 'hidden_size': 32}
+  )
+  config.optimizer.update({'warmup_steps': 5})
+  config.training.update(
+    {
+      'steps': 20,
+      'log_every': 5,
+      'eval_every': 10,
+      'checkpoint_every': 10,
+    }
+  )
+  return config
