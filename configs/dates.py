@@ -60,7 +60,7 @@ def _default():
 
 def _debug():
   config = _default()
-  config.data.update({'num_pairs': 200, 'batch_tokens': 512, 'num_buckets': 1})
+  config.data.update({'num_pairs': 64, 'batch_tokens': 512, 'num_buckets': 1})
   config.model.update({'num_layers': 1, 'num_heads': 2, 'model_size': 16})
   config.optimizer.update({'warmup_steps': 5})
   config.training.update(

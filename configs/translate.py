@@ -55,7 +55,7 @@ def _default():
       'training': {
         'steps': 9_000,
         'log_every': 100,
-        'eval_every': 500,
+        'eval_every': 1_000,
         'checkpoint_every': 500,
         'cpu_devices': 2,  # that share a batch, where there is no accelerator
       },
@@ -66,7 +66,7 @@ def _default():
 def _debug():
   config = _default()
   config.data.update(
-    {'vocab_size': 300, 'batch_tokens': 512, 'num_buckets': 2, 'num_pairs': 200}
+    {'vocab_size': 300, 'batch_tokens': 512, 'num_buckets': 2, 'num_pairs': 64}
   )
   config.model.update(
     {'num_layers': 1, 'num_heads': 2, 'model_size': 16, 'hidden_size': 32}

@@ -326,13 +326,14 @@ def read_lines(path: str) -> list[str]:
 
 
 def _embedded_dates(count, seed):
-  sizes = {'train': count, 'validation': 1_000, 'unseen': 1_000}
+  held_out = min(count, 1_000)
+  sizes = {'train': count, 'validation': held_out, 'unseen': held_out}
   made = {part: dates.pairs(part, n, seed) for part, n in sizes.items()}
   return {p: tuple(map(list, zip(*m, strict=True))) for p, m in made.items()}
 
 
 def _embedded_tones(count, seed):
-  sizes = {'train': count, 'validation': 500}
+  sizes = {'train': count, 'validation': min(count, 500)}
   return {part: tones.pairs(part, n, seed) for part, n in sizes.items()}
 
 
