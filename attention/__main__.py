@@ -1,6 +1,10 @@
-"""python -m attention sample|plot|inspect|doctor: use a run, count, check."""
+"""python -m attention COMMAND: use a run, count, check.
+
+Commands: sample, translate, evaluate, plot, inspect, doctor.
+"""
 
 import argparse
+import os
 import pathlib
 import sys
 
@@ -9,9 +13,12 @@ import jax.numpy as jnp
 
 import attention
 from attention import plots
-from attention.training import flags, inspection, records, tasks
+from attention.data import translation
+from attention.training import answering, flags, inspection, records, tasks
 from attention.training.checkpoints import Checkpoints, abstract
 from attention.training.main import complain, set_up_jax
+
+_STRATEGIES = ('temperature', 'top_k', 'top_p', 'min_p', 'repetition_penalty')
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -23,27 +30,66 @@ def main(argv: list[str] | None = None) -> int:
   arguments.rest = rest
   try:
     return arguments.run(arguments)
+  except BrokenPipeError:
+    # Whoever read has enough; there is nobody to tell.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1
   except (ValueError, OSError) as error:
     return complain(error)
 
 
 def sample(arguments) -> int:
-  """Prints the prompt and what a run's model writes after it."""
-  workdir = pathlib.Path(arguments.workdir)
-  config = records.load_config(workdir)
-  set_up_jax()
-  task = tasks.load(config, workdir)
-  params = _restore_params(workdir, task)
-  print(
-    task.sample(
-      params,
-      arguments.prompt,
-      arguments.num_tokens,
-      seed=arguments.seed,
-      temperature=arguments.temperature,
-      top_k=arguments.top_k,
-    )
+  """Prints the prompt and what a run's model writes after it, as it comes."""
+  _, task, params = _open(arguments, 'language')
+  for text in task.stream(
+    params,
+    arguments.prompt,
+    arguments.num_tokens,
+    seed=arguments.seed,
+    **{name: getattr(arguments, name) for name in _STRATEGIES},
+  ):
+    print(text, end='', flush=True)
+  print()
+  return 0
+
+
+def translate(arguments) -> int:
+  """Reads lines, and prints the answers of a run's model, one a line."""
+  _, task, params = _open(arguments, 'translation')
+  num_refused = answering.answer_lines(
+    task,
+    params,
+    sys.stdin.buffer,
+    sys.stdout,
+    sys.stderr,
+    beam_size=arguments.beam_size,
   )
+  return 1 if num_refused else 0
+
+
+def evaluate(arguments) -> int:
+  """Measures a run's model on what its config holds out, or on given files."""
+  files = arguments.source, arguments.target
+  if files == (None, None):
+    config = records.load_config(pathlib.Path(arguments.workdir))
+    task = tasks.create(config)
+    _, _, params = _open(arguments, config.task)
+    if config.task != 'translation':
+      for name, value in task.evaluate(params, jax.device_put).items():
+        print(f'{name} {value:.4f}')
+      return 0
+    parts = {k: v for k, v in task.data.pairs.items() if k != 'train'}
+  else:
+    if None in files:
+      raise ValueError('--source and --target: expected both, or neither')
+    parts = {arguments.source: translation.read_pairs(*files)}
+    _, task, params = _open(arguments, 'translation')
+  for name, (sources, targets) in parts.items():
+    for number, reason in task.refusals(sources).items():
+      print(f'{name}: line {number + 1}: {reason}', file=sys.stderr)
+    print(f'{name}: {len(sources):,} pairs')
+    for line in task.report(params, sources, targets, arguments.beam_size):
+      print(f'  {line}', flush=True)
   return 0
 
 
@@ -126,6 +172,20 @@ def _numbers(words: str | None):
     ) from None
 
 
+def _open(arguments, kind):
+  """A run's config, task without data, and parameters."""
+  workdir = pathlib.Path(arguments.workdir)
+  config = records.load_config(workdir)
+  if config.task != kind:
+    raise ValueError(
+      f'{workdir}: holds a run of task {config.task!r}; '
+      f'{arguments.command} expects one of {kind!r}'
+    )
+  set_up_jax()
+  task = tasks.load(config, workdir)
+  return config, task, _restore_params(workdir, task)
+
+
 def _restore_params(workdir, task):
   directory = workdir / 'checkpoints'
   if not directory.is_dir():
@@ -152,8 +212,29 @@ def _parser():
     '--temperature', type=float, default=0.8, help='0: the likeliest token'
   )
   add.add_argument('--top_k', type=int, help='draw among the k likeliest')
+  add.add_argument(
+    '--top_p', type=float, help='draw among the fewest that reach p together'
+  )
+  add.add_argument(
+    '--min_p', type=float, help="draw among those with p × the likeliest's"
+  )
+  add.add_argument(
+    '--repetition_penalty', type=float, help='above 1: fewer repetitions'
+  )
   add.add_argument('--seed', type=int, default=0)
   add.set_defaults(run=sample)
+
+  add = commands.add_parser('translate', help=translate.__doc__)
+  add.add_argument('--workdir', required=True, help='folder of the run')
+  add.add_argument('--beam_size', type=int, default=5, help='1: greedily')
+  add.set_defaults(run=translate)
+
+  add = commands.add_parser('evaluate', help=evaluate.__doc__)
+  add.add_argument('--workdir', required=True, help='folder of the run')
+  add.add_argument('--source', help='a file of lines, plain or gzip')
+  add.add_argument('--target', help='their translations, line by line')
+  add.add_argument('--beam_size', type=int, default=5, help='1: greedily')
+  add.set_defaults(run=evaluate)
 
   add = commands.add_parser('plot', help=plot.__doc__)
   add.add_argument('--workdir', required=True, help='folder of the run')

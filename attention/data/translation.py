@@ -254,16 +254,19 @@ class Translations:
       'frame_size': first.shape[1] if first.ndim == 2 else 0,
     }
 
-  @functools.lru_cache  # noqa: B019  (few parts, and they live with the run)
-  def encode(self, part: str) -> Buckets:
-    """A held-out part, whole."""
-    sources, targets = self.pairs[part]
-    return Buckets.of(
-      encode_sources(sources, self.vocabulary),
-      self.vocabulary.encode(targets),
-      batch_tokens=4_096,
-      num_buckets=3,
-    )
+  def encode(self, sources: list, targets: list) -> Buckets:
+    """See `encode`."""
+    return encode(sources, targets, self.vocabulary)
+
+
+def encode(sources: list, targets: list, vocabulary) -> Buckets:
+  """Pairs that are held out, to be gone through with `Buckets.all`."""
+  return Buckets.of(
+    encode_sources(sources, vocabulary),
+    vocabulary.encode(targets),
+    batch_tokens=4_096,
+    num_buckets=3,
+  )
 
 
 def encode_sources(sources: list, vocabulary) -> list[np.ndarray]:

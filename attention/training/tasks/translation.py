@@ -109,11 +109,12 @@ class Translation:
       'eval/accuracy' of an embedded corpus, exact answers, and the same of its
       other parts, as 'eval/accuracy_unseen'.
     """
-    values = {'eval/loss': self._mean_loss(params, place)}
+    held_out = self.data.encode(*self.data.pairs['validation'])
+    values = {'eval/loss': self._mean_loss(params, held_out, place)}
     for part, (sources, targets) in self.data.pairs.items():
       if part != 'train':
         answers = self.translate(params, sources, place=place)
-        name, figure, _ = self.score(answers, targets)
+        name, figure, _ = self._score(answers, targets)
         suffix = '' if part == 'validation' else f'_{part}'
         values[f'eval/{name}{suffix}'] = figure
     self._drawn = [
@@ -121,9 +122,37 @@ class Translation:
     ]
     return values
 
-  def _mean_loss(self, params, place):
+  def report(self, params, sources: list, targets: list, beam_size: int):
+    """Lines about how good a model is on pairs.
+
+    Args:
+      params: of the model.
+      sources: texts, or vectors.
+      targets: texts.
+      beam_size: see `translate`.
+
+    Yields:
+      Loss, then exact matches or BLEU with sacrebleu's signature, cased and
+      not.
+
+    Raises:
+      ValueError: as `translate`.
+    """
+    self._check_beam(beam_size)
+    pairs = translation.encode(sources, targets, self.vocabulary)
+    loss = self._mean_loss(params, pairs, jax.device_put)
+    yield f'loss {loss:.4f} nats per token'
+    answers = self.translate(params, sources, beam_size=beam_size)
+    name, figure, meaning = self._score(answers, targets)
+    yield f'{name} {figure:.4g}  {meaning}, beam {beam_size}'
+    if self._has_files:
+      bleu = sacrebleu().BLEU(lowercase=True)
+      figure = bleu.corpus_score(answers, [targets]).score
+      yield f'bleu {figure:.4g}  {bleu.get_signature()}, beam {beam_size}'
+
+  def _mean_loss(self, params, pairs, place):
     total, count = 0.0, 0.0
-    for _, batch in self.data.encode('validation').all():
+    for _, batch in pairs.all():
       nats, tokens = self._evaluate_batch(params, place(batch))
       total, count = total + float(nats), count + float(tokens)
     return total / count
@@ -137,16 +166,23 @@ class Translation:
 
     return evaluate_batch
 
-  def score(
-    self, answers: list[str], targets: list[str]
-  ) -> tuple[str, float, str]:
-    """How good answers are: ('bleu' or 'accuracy', figure, what it means)."""
+  def _score(self, answers, targets):
+    """('bleu' or 'accuracy', figure, what it means)."""
     if not self._has_files:
       figure = np.mean([a == t for a, t in zip(answers, targets, strict=True)])
       return 'accuracy', float(figure), 'exact matches'
     bleu = sacrebleu().BLEU()
     figure = bleu.corpus_score(answers, [targets]).score
     return 'bleu', figure, str(bleu.get_signature())
+
+  def refusals(self, sources: list) -> dict[int, str]:
+    """Why some sources can't be translated, by their number."""
+    encoded = translation.encode_sources(sources, self.vocabulary)
+    return {
+      i: f'{len(source)} tokens; the model reads at most {self.max_length}'
+      for i, source in enumerate(encoded)
+      if len(source) > self.max_length
+    }
 
   def translate(
     self, params, sources: list, *, beam_size: int = 1, place=None
@@ -155,32 +191,31 @@ class Translation:
 
     Args:
       params: of the model.
-      sources: texts, or vectors [k, c], each up to the model's `max_length`.
-        That of an empty text is empty.
+      sources: texts, or vectors [k, c]. The answer to an empty one, or one with
+        more than `max_length` tokens, is empty.
       beam_size: 1 takes the likeliest token each time.
-      place: puts a batch on the devices; none: on one.
+      place: called now and then, to be stopped in.
 
     Raises:
-      ValueError: a source that is too long, or a beam that is too large.
+      ValueError: a beam that is too large.
     """
-    self.check_beam(beam_size)
+    self._check_beam(beam_size)
     answers = [''] * len(sources)
     encoded = translation.encode_sources(sources, self.vocabulary)
-    for source in encoded:
-      self.check_length(source)
-    # Empty texts are their end alone.
-    is_text = not self._frame_size
-    numbers = [i for i, s in enumerate(encoded) if len(s) > is_text]
+    # An empty text is its end alone.
+    least = 1 if self._frame_size else 2
+    numbers = [
+      i for i, s in enumerate(encoded) if least <= len(s) <= self.max_length
+    ]
     numbers.sort(key=lambda i: len(encoded[i]))
+    params = jax.device_put(params, jax.devices()[0])
     for start in range(0, len(numbers), _ROWS):
       part = numbers[start : start + _ROWS]
       tokens = self._decode(
-        jax.device_put(params, jax.devices()[0]),
-        *_fill([encoded[i] for i in part]),
-        beam_size=beam_size,
+        params, *_fill([encoded[i] for i in part]), beam_size=beam_size
       )
       if place is not None:
-        place({})  # a moment to be stopped in
+        place({})
       for i, row in zip(part, np.asarray(tokens), strict=False):
         answers[i] = self.vocabulary.decode(row)
     return answers
@@ -207,15 +242,7 @@ class Translation:
 
     return jax.jit(decode, static_argnames='beam_size')
 
-  def check_length(self, source) -> None:
-    """Raises ValueError if an encoded source is too long for the model."""
-    if len(source) > self.max_length:
-      raise ValueError(
-        f'{len(source)} tokens, and the model reads at most {self.max_length}'
-      )
-
-  def check_beam(self, beam_size: int) -> None:
-    """Raises ValueError if there is no such beam."""
+  def _check_beam(self, beam_size):
     if not 1 <= beam_size <= self.vocabulary.size:
       raise ValueError(
         f'beam_size: expected 1 to {self.vocabulary.size}, the size of the '
@@ -223,11 +250,11 @@ class Translation:
       )
 
   def _held_out(self, count):
-    """The first `count` validation pairs that aren't too long."""
-    sources, targets = self.data.pairs['validation']
-    encoded = translation.encode_sources(sources[:100], self.vocabulary)
-    fit = [i for i, s in enumerate(encoded) if len(s) <= self.max_length]
-    return [(sources[i], targets[i]) for i in fit[:count]]
+    """The first `count` validation pairs that can be translated."""
+    sources, targets = (x[:100] for x in self.data.pairs['validation'])
+    refused = self.refusals(sources)
+    pairs = list(enumerate(zip(sources, targets, strict=True)))
+    return [pair for i, pair in pairs if i not in refused][:count]
 
   def example(self, params, seed: int) -> str:
     """A few held-out sources, their targets and the model's answers."""
@@ -266,6 +293,8 @@ class Translation:
       raise ValueError('text: this model reads vectors, not text')
     if not text:
       raise ValueError('text: expected at least one symbol, got none')
+    for reason in self.refusals([text]).values():
+      raise ValueError(f'text: {reason}')
     return {'cross_attention': self._cross_attention(params, text, **selection)}
 
   def _cross_attention(self, params, source, layers=None, heads=None):
