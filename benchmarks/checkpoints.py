@@ -1,0 +1,77 @@
+"""What a checkpoint every 100 steps costs, for the default gpt_char.
+
+  python benchmarks/checkpoints.py --rounds=10
+
+Each round trains 100 steps with a save at their beginning, that is written
+while they run, and 100 without; their order changes from round to round.
+"""
+
+# ruff: noqa: E402
+import sys
+
+# attention.py beside this script would be found in the library's place.
+del sys.path[0]
+
+import argparse
+import contextlib
+import pathlib
+import statistics
+import tempfile
+import time
+
+import jax
+
+from attention.training import flags, main, optimizers, sharding, tasks
+from attention.training.checkpoints import Checkpoints
+from attention.training.settings import Settings
+from attention.training.step import Step
+
+_STEPS = 100
+_CONFIG = pathlib.Path(__file__).parents[1] / 'configs' / 'gpt_char.py'
+
+
+def measure(rounds: int) -> None:
+  """Prints medians of milliseconds a step, and of their ratio."""
+  config = flags.load_config(str(_CONFIG))
+  main.set_up_jax(config.training.cpu_devices)
+  settings = Settings.create(config.training.to_dict())
+  optimizer, schedule = optimizers.adamw(
+    steps=settings.steps, **config.optimizer
+  )
+  task = tasks.create(config)
+  mesh = sharding.make_mesh(task.batch_size)
+  step = Step(task, optimizer, schedule, config.seed, mesh, settings)
+  state, n = step.init(), 0
+  seconds = {True: [], False: []}
+
+  with tempfile.TemporaryDirectory() as folder:
+    checkpoints = Checkpoints(pathlib.Path(folder), settings.num_kept)
+    with contextlib.closing(checkpoints):
+      for round in range(rounds + 1):
+        for is_saved in sorted(seconds, reverse=bool(round % 2)):
+          clock = time.perf_counter()
+          if is_saved:
+            checkpoints.save(n, state)
+          for _ in range(_STEPS):
+            batch = step.place(task.batch(n))
+            program = step.compile(batch).result()
+            state, _ = step.run(program, state, batch, n)
+            n += 1
+          jax.block_until_ready(state)
+          if round:  # the first one compiles
+            seconds[is_saved].append((time.perf_counter() - clock) / _STEPS)
+          checkpoints.wait()
+
+  ratios = [a / b for a, b in zip(seconds[True], seconds[False], strict=True)]
+  print(
+    f'with    {1e3 * statistics.median(seconds[True]):.2f} ms a step\n'
+    f'without {1e3 * statistics.median(seconds[False]):.2f} ms a step\n'
+    f'ratio   {statistics.median(ratios):.3f} ({min(ratios):.3f} to '
+    f'{max(ratios):.3f}, {rounds} rounds)'
+  )
+
+
+if __name__ == '__main__':
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument('--rounds', type=int, default=10)
+  measure(parser.parse_args().rounds)
