@@ -58,11 +58,214 @@ def test_seeds_differ_and_repeat():
   assert (_draw(seed=3) != _draw(seed=4)).any()
 
 
+def test_top_p_draws_among_the_fewest_that_reach_it():
+  likely = np.exp(3) / (np.exp(3) + V - 1)  # about 0.77, the others 0.04
+  only = _counts(_draw(500, top_p=likely - 0.01))
+  assert only[1] == 1
+  assert (_counts(_draw(2000, top_p=0.9999)) > 0.02).all()
+
+
+def test_min_p_draws_among_those_near_the_likeliest():
+  ratio = np.exp(-3)
+  assert _counts(_draw(500, min_p=ratio * 1.1))[1] == 1
+  assert (_counts(_draw(2000, min_p=ratio * 0.9)) > 0.02).all()
+
+
+def test_strategies_compose():
+  """Hot enough that all are alike, then narrowed by each."""
+  drawn = _draw(3000, temperature=50.0, top_k=V, top_p=0.999, min_p=0.95)
+  counts = _counts(drawn)
+  # e^(3/50) apart: 0.94 of the likeliest is below 0.95.
+  assert counts[1] == 1
+  counts = _counts(_draw(3000, temperature=50.0, min_p=0.9))
+  assert (counts > 0.08).all()
+
+
+def test_a_penalty_keeps_from_repeating():
+  def flat(tokens, cache):
+    return jnp.zeros((len(tokens), V)).at[:, 2].set(1.0), cache
+
+  def write(**options):
+    drawn = decoding.sample(
+      flat, 0, jnp.array([[5], [6]]), 4, jax.random.key(0), **options
+    )
+    return np.asarray(drawn)
+
+  options = dict(temperature=0.0)
+  assert (write(**options) == 2).all()
+  # Positive logits are divided, so 2 stays the likeliest; -1 becomes -4.
+  assert (write(repetition_penalty=4.0, **options) == 2).all()
+
+  def below(tokens, cache):
+    return jnp.full((len(tokens), V), -1.1).at[:, 2].set(-1.0), cache
+
+  drawn = decoding.sample(
+    below,
+    0,
+    jnp.array([[0], [2]]),
+    V - 1,
+    jax.random.key(0),
+    repetition_penalty=4.0,
+    **options,
+  )
+  # Each of the others once, 2 first where the prompt doesn't hold it.
+  np.testing.assert_array_equal(drawn, [[2, 1, 3, 4, 5, 6], [0, 1, 3, 4, 5, 6]])
+
+
+def test_ended_rows_never_change_and_the_loop_stops_with_the_last():
+  prompt = jnp.array([[1], [4]])
+  tokens = decoding.greedy(_step, jnp.int32(0), prompt, 30, end=6)
+  np.testing.assert_array_equal(
+    tokens[:, :6], [[2, 3, 4, 5, 6, 6], [5, *[6] * 5]]
+  )
+  assert (tokens == 6)[:, 6:].all()
+  drawn = decoding.sample(
+    _step, jnp.int32(0), prompt, 50, jax.random.key(0), end=6
+  )
+  for row in np.asarray(drawn):
+    assert (row[np.argmax(row == 6) :] == 6).all()
+
+  calls = []
+
+  def noted(tokens, cache):
+    jax.debug.callback(lambda _: calls.append(1), tokens)
+    return _step(tokens, cache)
+
+  decoding.greedy(noted, jnp.int32(0), prompt, 30, end=6)
+  jax.effects_barrier()
+  assert len(calls) == 5  # the prompt, and four tokens: the last isn't fed
+
+
+# Logarithms of P(next | last): 0 leads into a trap that greed falls into.
+_CHAIN = np.log(
+  np.array(
+    [
+      # end   1     2     3     4
+      [1e-9, 0.6, 0.4, 1e-9, 1e-9],
+      [0.25, 0.25, 0.2, 0.15, 0.15],
+      [0.05, 1e-9, 0.05, 0.9, 1e-9],
+      [0.9, 0.05, 0.03, 0.01, 0.01],
+      [0.2, 0.2, 0.2, 0.2, 0.2],
+    ]
+  )
+)
+
+
+def _markov(tokens, cache):
+  """The cache: all tokens so far, which beams must carry with them."""
+  seen, length = cache
+  seen = jax.lax.dynamic_update_slice(seen, tokens, (0, length))
+  return jnp.asarray(_CHAIN, jnp.float32)[tokens[:, -1]], (
+    seen,
+    length + tokens.shape[1],
+  )
+
+
+def _search(prompt, num_tokens=6, step=_markov, **options):
+  prompt = jnp.asarray(prompt)
+  cache = jnp.zeros((len(prompt), 9), jnp.int32), jnp.int32(0)
+  return decoding.beam_search(step, cache, prompt, num_tokens, end=0, **options)
+
+
+def _all_sequences(first, num_tokens, alpha):
+  """Every complete sequence and its score, the best first."""
+  found = []
+
+  def extend(tokens, score):
+    for token in range(5):
+      new = score + _CHAIN[tokens[-1], token]
+      written = [*tokens[1:], token]
+      if token == 0:
+        length = len(written)
+        found.append((new / ((5 + length) / 6) ** alpha, written))
+      elif len(written) < num_tokens:
+        extend([*tokens, token], new)
+
+  extend([first], 0.0)
+  return sorted(found, reverse=True)
+
+
+@pytest.mark.parametrize('alpha', [0.0, 0.6, 1.0])
+def test_a_wide_beam_finds_the_best_of_all_sequences(alpha, assert_close):
+  tokens, scores = _search(
+    [[0], [2]], 4, beam_size=5, num_best=2, length_penalty=alpha
+  )
+  for row, first in enumerate((0, 2)):
+    best = _all_sequences(first, 4, alpha)[0]
+    got = np.asarray(tokens[row, 0]).tolist()
+    assert got[: len(best[1])] == best[1]
+    assert_close(scores[row, 0], np.float32(best[0]))
+  assert (scores[:, 0] >= scores[:, 1]).all()
+
+
+def test_one_beam_is_greedy():
+  prompt = jnp.array([[0], [1], [2], [4]])
+  cache = jnp.zeros((4, 9), jnp.int32), jnp.int32(0)
+  for alpha in (0.0, 2.0):
+    tokens, _ = _search(prompt, beam_size=1, length_penalty=alpha)
+    expected = decoding.greedy(_markov, cache, prompt, 6, end=0)
+    np.testing.assert_array_equal(tokens[:, 0], expected)
+
+
+def test_beams_carry_their_caches():
+  """Logits that depend on all that came before, not on the last alone."""
+
+  def step(tokens, cache):
+    seen, length = cache
+    seen = jax.lax.dynamic_update_slice(seen, tokens, (0, length))
+    mixed = (seen * jnp.arange(1, 10)).sum(-1) * 37 % 101
+    logits = jnp.sin(mixed[:, None] * jnp.arange(1.0, 6.0)) * 2
+    return logits, (seen, length + tokens.shape[1])
+
+  prompt = jnp.array([[3], [1]])
+  tokens, scores = _search(
+    prompt, 5, step=step, beam_size=4, num_best=4, length_penalty=0.0
+  )
+  for row in range(2):
+    for n in range(4):
+      cache = jnp.zeros((1, 9), jnp.int32), jnp.int32(0)
+      last, total = prompt[row : row + 1], 0.0
+      for token in np.asarray(tokens[row, n]):
+        logits, cache = step(last, cache)
+        total += float(jax.nn.log_softmax(logits)[0, token])
+        last = jnp.full((1, 1), token)
+        if token == 0:
+          break
+      assert abs(total - float(scores[row, n])) < 1e-4
+
+
+def test_rows_are_searched_apart():
+  together, _ = _search([[0], [4], [2]], beam_size=3, num_best=3)
+  for row, first in enumerate((0, 4, 2)):
+    alone, _ = _search([[first]], beam_size=3, num_best=3)
+    np.testing.assert_array_equal(together[row], alone[0])
+
+
+@pytest.mark.parametrize(
+  ('options', 'message'),
+  [
+    ({'beam_size': 6}, 'beam_size: expected 1 to 5, .*vocabulary, got 6'),
+    ({'beam_size': 0}, 'beam_size: expected 1 to 5'),
+    (
+      {'beam_size': 2, 'num_best': 3},
+      'num_best: expected 1 to beam_size=2, got 3',
+    ),
+    ({'num_tokens': 0}, 'num_tokens: expected 1 or more, got 0'),
+  ],
+)
+def test_senseless_beams_are_refused(options, message):
+  with pytest.raises(ValueError, match=message):
+    _search([[0]], **options)
+
+
 @pytest.mark.parametrize(
   ('options', 'message'),
   [
     ({'temperature': -1.0}, 'temperature: expected 0 or more, got -1'),
     ({'top_k': 0}, 'top_k: expected 1 or more, got 0'),
+    ({'top_p': 0.0}, 'top_p: expected above 0, up to 1, got 0.0'),
+    ({'min_p': 1.5}, 'min_p: expected 0 to 1, got 1.5'),
+    ({'repetition_penalty': 0.0}, 'repetition_penalty: .* above 0, got 0'),
     ({'prompt': ((), ())}, 'prompt: expected at least one token'),
   ],
 )

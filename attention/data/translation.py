@@ -131,7 +131,7 @@ class Buckets:
 def _limits(lengths, count: int) -> list[int]:
   """At most `count` limits with the least sum of each length's next limit."""
   values, numbers = np.unique(lengths, return_counts=True)
-  below = np.append(0, np.cumsum(numbers))
+  values, below = values.tolist(), [0, *np.cumsum(numbers).tolist()]
   # costs[j]: of the j shortest values, and the limits that give it.
   costs = [(0, [])] + [(np.inf, [])] * len(values)
   for _ in range(count):

@@ -1,0 +1,199 @@
+"""Writing tokens with a GPT: this library against transformers, on the CPU.
+
+  python benchmarks/decode.py [--rounds=7] [--batch_sizes=1,16] [--dtype=bfloat16]
+
+A GPT of 10.7 M parameters (6 layers, 6 heads, width 384, 65 kinds of tokens)
+writes 256 tokens after 64, greedily. Peers: transformers' `generate` with its
+cache on the same weights, whose tokens are compared with ours, and our own model
+computing everything anew for each token. All take turns in one process; printed
+are medians of the rounds, and the median of the rounds' ratios.
+"""
+
+# ruff: noqa: E402
+import sys
+
+# attention.py beside this script would be found in the library's place.
+del sys.path[0]
+
+import argparse
+import functools
+import statistics
+import time
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+
+from attention import decoding, models
+from attention.models.gpt import window_step
+from attention.ops.cache import Cache
+
+PROMPT, NEW, CONTEXT = 64, 256, 320
+SIZES = dict(num_layers=6, num_heads=6, model_size=384)
+VOCAB = 65
+
+
+def our_model():
+  model = hk.without_apply_rng(
+    hk.transform(
+      lambda tokens, **more: models.create(
+        'gpt', vocab_size=VOCAB, context_size=CONTEXT, **SIZES
+      )(tokens, **more)
+    )
+  )
+  params = model.init(jax.random.key(0), np.zeros((1, 2), int))
+  # Far from where it starts, so that the likeliest token is clear.
+  return model, jax.tree.map(lambda p: p * 3, params)
+
+
+def ours(model, params, prompt):
+  """Greedy tokens with a cache, as a function without arguments."""
+
+  @jax.jit
+  def write(params, prompt):
+    def step(tokens, cache):
+      logits, cache = model.apply(params, tokens, cache=cache)
+      return logits[:, -1], cache
+
+    return decoding.greedy(step, Cache.create(CONTEXT), prompt, NEW)
+
+  return write.lower(params, prompt).compile(), (params, prompt)
+
+
+def recomputing(model, params, prompt):
+  """The same without a cache: the whole sequence for every token."""
+
+  @jax.jit
+  def write(params, prompt):
+    step, (window, length) = window_step(model.apply, params, CONTEXT)
+    window = jnp.repeat(window, len(prompt), axis=0)
+    return decoding.greedy(step, (window, length), prompt, NEW)
+
+  return write.lower(params, prompt).compile(), (params, prompt)
+
+
+def gpt2(params):
+  """transformers' GPT-2 with our parameters."""
+  config = transformers.GPT2Config(
+    vocab_size=VOCAB,
+    n_positions=CONTEXT,
+    n_embd=SIZES['model_size'],
+    n_layer=SIZES['num_layers'],
+    n_head=SIZES['num_heads'],
+    bos_token_id=None,
+    eos_token_id=None,
+  )
+  network = transformers.GPT2LMHeadModel(config).eval()
+  arrays = {
+    'transformer.wte.weight': params['gpt/tokens']['embeddings'],
+    'transformer.wpe.weight': params['gpt']['positions'],
+  }
+  norms = {'scale': 'weight', 'offset': 'bias'}
+  linears = {'w': 'weight', 'b': 'bias'}
+  names = {
+    'attention_norm': ('ln_1', norms),
+    'feed_forward_norm': ('ln_2', norms),
+    'attention/qkv': ('attn.c_attn', linears),
+    'attention/linear': ('attn.c_proj', linears),
+    'expand': ('mlp.c_fc', linears),
+    'contract': ('mlp.c_proj', linears),
+  }
+  for i in range(SIZES['num_layers']):
+    for ours, (theirs, leaves) in names.items():
+      for leaf, array in params[f'gpt/block_{i}/{ours}'].items():
+        arrays[f'transformer.h.{i}.{theirs}.{leaves[leaf]}'] = array
+  for leaf, array in params['gpt/final_norm'].items():
+    arrays[f'transformer.ln_f.{norms[leaf]}'] = array
+  state = {k: torch.from_numpy(np.array(v)) for k, v in arrays.items()}
+  state['lm_head.weight'] = state['transformer.wte.weight']
+  network.load_state_dict(state)
+  return network
+
+
+def generate(network, prompt):
+  prompt = torch.from_numpy(np.array(prompt, np.int64))
+  with torch.inference_mode():
+    tokens = network.generate(
+      prompt,
+      attention_mask=torch.ones_like(prompt),
+      max_new_tokens=NEW,
+      do_sample=False,
+      use_cache=True,
+      pad_token_id=0,
+    )
+  return tokens[:, PROMPT:].numpy()
+
+
+def describe_memory(compiled, batch_size, itemsize):
+  """What the cache takes, and what else there is besides the weights."""
+  size = SIZES['model_size']
+  cache = 2 * SIZES['num_layers'] * batch_size * CONTEXT * size * itemsize
+  memory = compiled.memory_analysis()
+  return (
+    f'batch {batch_size}: cache {cache / 2**20:.1f} MiB by its shapes; all '
+    f'temporaries {memory.temp_size_in_bytes / 2**20:.1f} MiB'
+  )
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument('--rounds', type=int, default=7)
+  parser.add_argument('--batch_sizes', default='1,16')
+  parser.add_argument('--recompute', action='store_true', help='with this peer')
+  parser.add_argument('--dtypes', default='float32,bfloat16')
+  arguments = parser.parse_args()
+  model, params = our_model()
+  count = sum(p.size for p in jax.tree.leaves(params))
+  network = gpt2(params)
+  console = Console()
+  table = Table('batch', '', 'tokens/s', 'time over ours (float32)')
+  for batch_size in map(int, arguments.batch_sizes.split(',')):
+    prompt = np.random.default_rng(0).integers(0, VOCAB, (batch_size, PROMPT))
+    contestants = {}
+    for dtype in arguments.dtypes.split(','):
+      weights = jax.tree.map(lambda p, dtype=dtype: p.astype(dtype), params)
+      compiled, inputs = ours(model, weights, prompt)
+      contestants[f'attention, {dtype}'] = functools.partial(compiled, *inputs)
+      itemsize = jnp.dtype(dtype).itemsize
+      console.print(dtype, describe_memory(compiled, batch_size, itemsize))
+    contestants['transformers, generate'] = functools.partial(
+      generate, network, prompt
+    )
+    if arguments.recompute:
+      compiled, inputs = recomputing(model, params, prompt)
+      contestants['recomputing'] = functools.partial(compiled, *inputs)
+    times, written = {name: [] for name in contestants}, {}
+    for n in range(arguments.rounds + 1):  # the first one is to warm up
+      for name, write in contestants.items():
+        start = time.perf_counter()
+        written[name] = np.asarray(write())
+        seconds = time.perf_counter() - start
+        if n:
+          times[name].append(seconds)
+    first = next(iter(times))
+    for name, seconds in times.items():
+      ratios = [a / b for a, b in zip(seconds, times[first], strict=True)]
+      same = (written[name] == written[first]).mean()
+      table.add_row(
+        str(batch_size),
+        name,
+        f'{batch_size * NEW / statistics.median(seconds):,.0f}',
+        f'{statistics.median(ratios):.2f}',
+        f'{same:.1%} of tokens the same',
+      )
+  versions = f'jax {jax.__version__}, torch {torch.__version__}'
+  versions += f', transformers {transformers.__version__}'
+  table.caption = (
+    f'{count / 1e6:.1f} M parameters; {versions}, {torch.get_num_threads()} '
+    'threads'
+  )
+  console.print(table)
+
+
+if __name__ == '__main__':
+  main()
