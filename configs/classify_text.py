@@ -12,7 +12,7 @@ package is to be told. Then
 
 | size | layers × heads × width, words, batch, steps | parameters |
 |---|---|---|
-| (default) | 2 × 4 × 64, 256 of 10,000, 32, 600 | TODO |
+| (default) | 2 × 4 × 64, 256 of 10,000, 32, 300 | TODO |
 | debug | 1 × 2 × 16, 16 of 200, 8, 30 | 6 k |
 """
 
@@ -60,10 +60,10 @@ def _default():
         'clip_norm': 1.0,
       },
       'training': {
-        'steps': 600,
+        'steps': 300,
         'log_every': 100,
-        'eval_every': 200,
-        'checkpoint_every': 200,
+        'eval_every': 100,
+        'checkpoint_every': 100,
         'cpu_devices': 2,
         'precision': '',
         'num_microbatches': 1,

@@ -1,4 +1,4 @@
-"""Notebooks: what is in the repository, and that they run from a clean kernel."""
+"""Notebooks: what is in the repository; that they run from a clean kernel."""
 
 import json
 import os
