@@ -34,7 +34,7 @@ _MISTAKES = {
   ),
   'steps': (['--config.training.steps=0'], 'training.steps: expected 1 or mor'),
   'rate': (['--config.optimizer.learning_rate=-1'], 'optimizer.learning_rate'),
-  'task': (['--config.task=langauge'], "task: expected one of ['language']"),
+  'task': (['--config.task=langauge'], "task: expected one of ['clas"),
   'workdir_file': (['--workdir={tmp}/short'], 'expected a folder, got a file'),
 }
 
