@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import attention
+from attention import models
 from attention.modules.mixers import MIXERS
 
 
@@ -33,3 +34,21 @@ def test_a_position_sees_itself_and_what_came_before(name, arrays):
   changed = np.abs(run(x.at[:, 3].add(1)) - run(x)).max((0, 2)) > 1e-6
   reach = {'lstm': 7, 'conv': 6}[name]
   np.testing.assert_array_equal(changed, [3 <= t < reach for t in range(7)])
+
+
+@pytest.mark.parametrize('model', ['gpt', 'classifier'])
+def test_models_have_as_many_parameters_with_each(model):
+  fields = dict(vocab_size=50, context_size=9, num_layers=2, num_heads=4)
+  if model == 'classifier':
+    fields['num_classes'] = 3
+  counts = {}
+  for mixer in ('attention', *MIXERS):
+    run = hk.transform(
+      lambda x, mixer=mixer: models.create(
+        model, model_size=64, mixer=mixer, **fields
+      )(x)
+    )
+    tokens = jax.ShapeDtypeStruct((2, 9), np.int32)
+    shapes = jax.eval_shape(run.init, jax.random.key(0), tokens)
+    counts[mixer] = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+  assert max(counts.values()) / min(counts.values()) < 1.01, counts
