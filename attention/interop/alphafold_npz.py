@@ -48,7 +48,7 @@ def load_params(path) -> dict:
   try:
     with np.load(path, allow_pickle=False) as arrays:
       flat = {key: arrays[key] for key in arrays.files}
-  except (ValueError, zipfile.BadZipFile, AttributeError) as error:
+  except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
     raise ValueError(
       f'{path}: expected an .npz of plain arrays, got: {error}'
     ) from None
@@ -78,7 +78,7 @@ def save_params(path, params) -> None:
   for scope, arrays in params.items():
     for name, array in arrays.items():
       array = np.asarray(array)
-      if not array.dtype.isbuiltin:
+      if array.dtype.kind in 'OV':
         raise ValueError(
           f'{scope}//{name}: expected a dtype of NumPy, got {array.dtype}; '
           'convert with .astype(jnp.float32)'

@@ -13,6 +13,10 @@ B, T, K, M, C = 3, 5, 7, 12, 10
 
 # name: (module, shapes of its inputs, paths of its parameters)
 _QKV = {f'{n}/{p}' for n in ('query', 'key', 'value', 'linear') for p in 'wb'}
+_GATED = {f'{n}_w' for n in ('query', 'key', 'value', 'gating', 'output')} | {
+  'gating_b',
+  'output_b',
+}
 _BLOCK = (
   {f'attention/{path}' for path in _QKV}
   | {
@@ -82,6 +86,25 @@ MODULES = {
       'additive': {'similarity_w'},
     }.items()
   },
+  'gated': (
+    lambda: attention.GatedAttention(
+      num_head=2, output_size=11, zero_init=False
+    ),
+    [(B, T, M), (B, K, C)],
+    _GATED,
+  ),
+  'gated_wide': (
+    lambda: attention.GatedAttention(
+      num_head=5, key_size=7, value_size=3, gating=False, zero_init=False
+    ),
+    [(B, T, M), (B, K, C)],
+    _GATED - {'gating_w', 'gating_b'},
+  ),
+  'global': (
+    lambda: attention.GlobalAttention(num_head=2, zero_init=False),
+    [(B, T, M), (B, T, C)],
+    _GATED,
+  ),
   'block_pre': (
     lambda: attention.TransformerBlock(num_heads=3),
     [(B, T, M)],
