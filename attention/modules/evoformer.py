@@ -46,7 +46,7 @@ class EvoformerBlock(hk.Module):
   num_pair_head: int = 4
   num_outer_channel: int = 32  # of the outer product mean
   num_intermediate_channel: int = 128  # of triangle multiplication
-  num_intermediate_factor: int = 4  # of transitions
+  num_intermediate_factor: int | float = 4  # of transitions
   is_extra_msa: bool = False  # global attention along columns
   outer_first: bool = False  # outer product mean before all else (multimer)
   fuse_projection_weights: bool = False  # of triangle multiplication (multimer)

@@ -160,7 +160,7 @@ class Transition(hk.Module):
   Parameters: `input_layer_norm`, `transition1`, `transition2`.
   """
 
-  num_intermediate_factor: int = 4  # hidden width / width
+  num_intermediate_factor: int | float = 4  # hidden width / width
   zero_init: bool = True  # the update starts at 0
   remat: bool = True
   name: str | None = None
