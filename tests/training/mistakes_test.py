@@ -1,5 +1,7 @@
 """Each mistake is answered in one line, with status 2, nothing compiled."""
 
+import time
+
 import jax
 import pytest
 
@@ -34,7 +36,29 @@ _MISTAKES = {
   ),
   'steps': (['--config.training.steps=0'], 'training.steps: expected 1 or mor'),
   'rate': (['--config.optimizer.learning_rate=-1'], 'optimizer.learning_rate'),
-  'task': (['--config.task=langauge'], "task: expected one of ['clas"),
+  'task': (['--config.task=langauge'], "task: expected one of ['"),
+  'batch_parts': (
+    ['--config.training.num_microbatches=3'],
+    'training.num_microbatches: expected a divisor of the batch of 4, got 3',
+  ),
+  'precision': (
+    ['--config.training.precision=params=float33'],
+    'training.precision: expected such as',
+  ),
+  'no_axis': (
+    ['--config.training.mesh.fdsp=2'],
+    'training.mesh.fdsp: no such key; did you mean '
+    '--config.training.mesh.fsdp?',
+  ),
+  'mesh': (
+    ['--config.training.mesh.tensor=99'],
+    'training.mesh: expected at most',
+  ),
+  'bad_steps': (['--config.training.max_bad_steps=0'], 'expected 1 or more'),
+  'level': (['--config.data.level=words'], 'level: expected'),
+  'profile': (['--profile=5'], '--profile: expected START:STOP'),
+  'processes': (['--num_processes=2'], 'expected all three or none'),
+  'clip': (['--config.optimizer.clip_norm=0'], 'optimizer.clip_norm: out of'),
   'workdir_file': (['--workdir={tmp}/short'], 'expected a folder, got a file'),
 }
 
@@ -74,7 +98,9 @@ def _assert_one_line(said, message):
 def test_a_mistake_is_answered_in_one_line(name, run, tmp_path):
   words, message = _MISTAKES[name]
   common = [f'--config={_CONFIG}', '--workdir={tmp}/run']
+  clock = time.process_time()
   _assert_one_line(run(*common, *words), message)
+  assert time.process_time() - clock < 2
   assert not (tmp_path / 'run').exists()
 
 

@@ -113,7 +113,7 @@ def test_sigterm_is_heeded_at_any_moment(train, tmp_path, moment):
 def test_a_stopped_run_ends_as_one_never_stopped(train, tmp_path, moment):
   workdir, words = _check_stop(train, tmp_path, moment)
   _finish(train(moment, *words))
-  _finish(train("whole", *words))
+  _finish(train('whole', *words))
   assert _state(workdir) == _state(tmp_path / 'whole')
   assert _figures(workdir) == _figures(tmp_path / 'whole')
 
