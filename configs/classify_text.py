@@ -12,7 +12,7 @@ package is to be told. Then
 
 | size | layers × heads × width, words, batch, steps | parameters |
 |---|---|---|
-| (default) | 2 × 4 × 64, 256 of 10,000, 32, 300 | TODO |
+| (default) | 2 × 4 × 64, 256 of 10,000, 32, 300 | 757,130 |
 | debug | 1 × 2 × 16, 16 of 200, 8, 30 | 6 k |
 """
 
