@@ -1,6 +1,7 @@
 """The training loop, one for all tasks."""
 
 import contextlib
+import functools
 import math
 import pathlib
 import time
@@ -123,7 +124,7 @@ class _Run:
       )
     )
     self.trace = opened(Trace(workdir / 'profile', profile))
-    self.opened, self.board = opened, None
+    self._opened = opened
 
   def __call__(self):
     _introduce(self.report, self.task, self.step)
@@ -155,12 +156,7 @@ class _Run:
     self.report.say('compiling …')
     self.report.advance(self.start)
     clock = time.perf_counter()
-    batch = self.task.batch(self.start)
-    compiling = self.step.compile(self.step.place(batch))
-    # Meanwhile:
-    self.flops = work.of_step(self.task, batch)
-    if self.settings.tensorboard and distributed.is_first():
-      self.board = self.opened(Board(self.workdir / 'tb', self.start))
+    compiling = self.step.compile(self._batch(self.start))
     if self.start:
       state = self.checkpoints.restore(self.start, self.step.like)
     else:
@@ -196,7 +192,9 @@ class _Run:
 
       if self._is_due('log_every', done) or done == 1:
         values = {k: float(v) for k, v in values.items()}
-        self._log(done, values, watch.lap(), done - logged)
+        seconds = watch.lap()
+        with watch.paused():
+          self._log(done, values, seconds, done - logged)
         logged = done
 
       is_evaluated = self._is_due('eval_every', done)
@@ -214,6 +212,17 @@ class _Run:
         break
     return done, state
 
+  # Both take a second, which the first step need not wait for.
+  @functools.cached_property
+  def _flops(self):
+    return work.of_step(self.task, self.task.batch(self.start))
+
+  @functools.cached_property
+  def _board(self):
+    if self.settings.tensorboard and distributed.is_first():
+      return self._opened(Board(self.workdir / 'tb', self.start))
+    return None
+
   def _is_due(self, key, done):
     every = getattr(self.settings, key)
     return done % every == 0 or done == self.settings.steps
@@ -229,25 +238,30 @@ class _Run:
     self.checkpoints.save(done, state, values)
 
   def _log(self, done, values, seconds, steps):
-    rates = {
-      'train/tokens_per_second': steps * self.task.tokens_per_step / seconds,
-      'train/seconds_per_step': seconds / steps,
-      'train/flops_per_second': steps * self.flops / seconds,
-    }
-    rates['train/utilisation'] = work.utilisation(
-      rates['train/flops_per_second'], self.step.mesh
+    values['train/tokens_per_second'] = (
+      steps * self.task.tokens_per_step / seconds
     )
-    rates['train/memory_mib'] = work.memory_mib(self.step.mesh)
-    values |= {k: v for k, v in rates.items() if v is not None}
+    values['train/seconds_per_step'] = seconds / steps
+    if done > 1:
+      values |= self._measure_use(seconds / steps)
     self._write(done, values)
     self.report.log(done, values)
+
+  def _measure_use(self, seconds):
+    rate = self._flops / seconds
+    use = {
+      'train/flops_per_second': rate,
+      'train/utilisation': work.utilisation(rate, self.step.mesh),
+      'train/memory_mib': work.memory_mib(self.step.mesh),
+    }
+    return {k: v for k, v in use.items() if v is not None}
 
   def _write(self, done, values):
     with self._tolerance('metrics.jsonl'):
       self.metrics.write(done, values)
-    if self.board:
+    if done > 1 and self._board:
       with self._tolerance('tb'):
-        self.board.scalars(done, values)
+        self._board.scalars(done, values)
 
   def _evaluate(self, state, done):
     """Measures, draws the loss curve, and writes an example."""
@@ -272,9 +286,9 @@ class _Run:
       plots.loss_curve(self.metrics.lines, folder / 'loss.png')
       if hasattr(self.task, 'draw'):
         self.task.draw(folder)
-      if self.board:
-        self.board.sample(done, example)
-        self.board.pictures(done, folder)
+      if self._board:
+        self._board.sample(done, example)
+        self._board.pictures(done, folder)
 
   def _place_or_stop(self, batch):
     if jax.process_count() == 1:
