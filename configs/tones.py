@@ -2,7 +2,8 @@
 
   python train.py --config=configs/tones.py --workdir=runs/tones
 
-The encoder takes vectors in place of tokens: attention across two kinds of data.
+The encoder takes vectors in place of tokens: attention across two kinds of
+data.
 """
 
 import ml_collections

@@ -28,8 +28,8 @@ class Cache:
   capacity: int = dataclasses.field(metadata={'static': True})  # slots, n
   start: object = None  # [*b] int32: slots before it are padding; None: none
   length: object = 0  # [] int32: slots in use, of every row
-  # Heads before slots: products over them then need no copy of the buffers.
-  key: object = None  # [*b, g, n, d]
+  # As the products of few queries want them: none has to transpose a buffer.
+  key: object = None  # [*b, g, d, n]
   value: object = None  # [*b, g, n, e]
 
   @classmethod
@@ -85,28 +85,31 @@ class Cache:
       array = jnp.asarray(bias)
       rank = len(batch) + 3
       bias = ArrayBias(array.reshape((1,) * (rank - array.ndim) + array.shape))
-    new = key.swapaxes(-3, -2), value.swapaxes(-3, -2)
+    # (new, axis of the slots)
+    parts = (jnp.moveaxis(key, -3, -1), -1), (value.swapaxes(-3, -2), -2)
     if self.key is None:
-      used = new
-      padding = [(0, 0)] * (key.ndim - 2) + [(0, self.capacity - count), (0, 0)]
-      buffers = tuple(jnp.pad(x, padding) for x in new)
+      used = [new for new, _ in parts]
+      buffers = [_pad(new, self.capacity, axis) for new, axis in parts]
     else:
-      used = buffers = tuple(
+      buffers = [
         lax.dynamic_update_slice_in_dim(
-          buffer, x.astype(buffer.dtype), self.length, axis=-2
+          buffer, new.astype(buffer.dtype), self.length, axis=axis
         )
-        for buffer, x in zip((self.key, self.value), new, strict=True)
-      )
+        for buffer, (new, axis) in zip(
+          (self.key, self.value), parts, strict=True
+        )
+      ]
+      used = buffers
     extended = dataclasses.replace(
       self,
       length=jnp.asarray(self.length + count, jnp.int32),
       key=buffers[0],
       value=buffers[1],
     )
-    mask = self._mask(mask, count, used[0].shape[-2])
+    mask = self._mask(mask, count, used[0].shape[-1])
     if bias is not None and self.key is not None:
       bias = _bias_tile(bias, batch, self.length, count, self.capacity)
-    key, value = (x.swapaxes(-3, -2) for x in used)
+    key, value = jnp.moveaxis(used[0], -1, -3), used[1].swapaxes(-3, -2)
     return extended, (key, value, mask, bias)
 
   def _mask(self, mask, num_query, num_key):
@@ -163,6 +166,12 @@ def align(sequences, length: int | None = None):
     for s, n in zip(sequences, lengths, strict=True)
   ]
   return np.stack(rows), length - lengths
+
+
+def _pad(x, length, axis):
+  padding = [(0, 0)] * x.ndim
+  padding[axis] = (0, length - x.shape[axis])
+  return jnp.pad(x, padding)
 
 
 def _bias_tile(bias, batch, query, num_query, num_key):
