@@ -5,6 +5,7 @@ from attention.modules.gated import GatedAttention, GlobalAttention
 from attention.modules.multihead import MultiHeadAttention
 from attention.modules.transformer import TransformerBlock
 from attention.ops.biases import alibi, relative_buckets
+from attention.ops.cache import Cache, CrossCache
 from attention.ops.dot_product import (
   additive_attention,
   attention_weights,
@@ -17,6 +18,8 @@ from attention.ops.positions import rotary, sinusoidal
 from attention.ops.softmax import stable_softmax
 
 __all__ = [
+  'Cache',
+  'CrossCache',
   'GatedAttention',
   'GlobalAttention',
   'Mask',

@@ -1,12 +1,12 @@
 """Writing tokens with a GPT: this library against transformers, on the CPU.
 
-  python benchmarks/decode.py [--rounds=7] [--batch_sizes=1,16] [--dtype=bfloat16]
+  python benchmarks/decode.py [--rounds=7] [--batch_sizes=1,16] [--recompute]
 
 A GPT of 10.7 M parameters (6 layers, 6 heads, width 384, 65 kinds of tokens)
 writes 256 tokens after 64, greedily. Peers: transformers' `generate` with its
-cache on the same weights, whose tokens are compared with ours, and our own model
-computing everything anew for each token. All take turns in one process; printed
-are medians of the rounds, and the median of the rounds' ratios.
+cache on the same weights, whose tokens are compared with ours, and our own
+model computing everything anew for each token. All take turns in one process;
+printed are medians of the rounds, and the median of the rounds' ratios.
 """
 
 # ruff: noqa: E402
@@ -151,7 +151,7 @@ def main():
   count = sum(p.size for p in jax.tree.leaves(params))
   network = gpt2(params)
   console = Console()
-  table = Table('batch', '', 'tokens/s', 'time over ours (float32)')
+  table = Table('batch', '', 'tokens/s', 'time over the first', 'tokens')
   for batch_size in map(int, arguments.batch_sizes.split(',')):
     prompt = np.random.default_rng(0).integers(0, VOCAB, (batch_size, PROMPT))
     contestants = {}
@@ -184,7 +184,7 @@ def main():
         name,
         f'{batch_size * NEW / statistics.median(seconds):,.0f}',
         f'{statistics.median(ratios):.2f}',
-        f'{same:.1%} of tokens the same',
+        f'{same:.1%} the same',
       )
   versions = f'jax {jax.__version__}, torch {torch.__version__}'
   versions += f', transformers {transformers.__version__}'
