@@ -136,7 +136,7 @@ def plot(arguments) -> int:
 def inspect(arguments) -> int:
   """Counts a config's parameters, FLOPs and memory; --config.key=value too."""
   words = [f'--config={arguments.config}', *arguments.rest, '--workdir=unused']
-  config, _ = flags.parse(['inspect', *words])
+  config = flags.parse(['inspect', *words]).config
   print(inspection.inspect(config, tasks.create(config)))
   return 0
 
