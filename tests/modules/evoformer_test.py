@@ -65,6 +65,12 @@ def _mask(shape):
   return mask
 
 
+def _jit(function, **arguments):
+  # Optimised code would take longer to make than to run.
+  options = {'xla_backend_optimization_level': 0}
+  return jax.jit(function, compiler_options=options, **arguments)
+
+
 def _params(model, *inputs):
   """Parameters with no zeros in them."""
   rng = np.random.default_rng(0)
@@ -90,10 +96,8 @@ def _run(layer, arrays):
     y = model.apply(inputs[0], None, *inputs[1:])
     return jnp.sin(y).sum(), y
 
-  # Optimised code would take longer to make than to run.
-  (_, output), grads = jax.jit(
-    jax.value_and_grad(loss, range(2 + len(more)), has_aux=True),
-    compiler_options={'xla_backend_optimization_level': 0},
+  (_, output), grads = _jit(
+    jax.value_and_grad(loss, range(2 + len(more)), has_aux=True)
   )(params, act, *more)
   return output, grads
 
@@ -134,17 +138,18 @@ def test_a_stack_is_its_blocks_in_turn(is_extra_msa, arrays, assert_close):
   assert jax.tree.map(lambda x: x.shape, params) == jax.tree.map(
     lambda x: (2, *x.shape), one
   )
-  act, apply = inputs[:2], jax.jit(block.apply)
+  act, apply = inputs[:2], _jit(block.apply)
   for i in range(2):
     act = apply(
       jax.tree.map(lambda x, i=i: x[i], params), None, *act, *inputs[2:]
     )
   for actual, expected in zip(
-    jax.jit(stack.apply)(params, None, *inputs), act, strict=True
+    _jit(stack.apply)(params, None, *inputs), act, strict=True
   ):
     assert_close(actual, expected)
 
 
+@pytest.mark.slow
 def test_blocks_start_differently(arrays):
   stack = _stack(evoformer.EvoformerStack, num_blocks=2, name='x')
   params = jax.jit(stack.init)(jax.random.key(0), *_inputs(arrays))
@@ -180,7 +185,7 @@ def test_bfloat16_is_near_float32_and_nothing_seen_is_finite(
     act = block.apply(params, None, msa, pair, msa_mask, pair_mask)
     return sum((x.astype(jnp.float32) ** 2).mean() for x in act), act
 
-  run = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))
+  run = _jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))
   (_, exact), grads = run(params, msa, pair)
   half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (params, msa, pair))
   (_, rough), half_grads = run(*half)
@@ -196,7 +201,7 @@ def test_training_drops_along_rows_and_columns(arrays):
   fields = dict(msa_dropout_rate=0.5, pair_dropout_rate=0.5)
   stack = _stack(evoformer.EvoformerStack, num_blocks=2, **fields)
   params = _params(stack, *inputs)
-  apply = jax.jit(stack.apply, static_argnames='is_training')
+  apply = _jit(stack.apply, static_argnames='is_training')
   keys = [jax.random.key(i) for i in (1, 1, 2)]
   one, same, other = (
     apply(params, k, *inputs, is_training=True)[1] for k in keys
