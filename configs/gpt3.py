@@ -5,7 +5,7 @@
 | size | layers × heads × width, context | parameters |
 |---|---|---|
 | (default) | 96 × 96 × 12,288, 2,048 | 174,604,259,328 |
-| debug | 2 × 2 × 16, 16 | 19 k |
+| debug | 2 × 2 × 16, 16 | 12 k |
 
 Their layers alternate dense and banded attention; here all are dense, which
 changes no parameter. Batch, rate and steps are the paper's, the data is bytes:
