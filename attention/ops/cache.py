@@ -16,6 +16,8 @@ from jax import lax
 from attention.ops.biases import ArrayBias, Bias
 from attention.ops.masks import Mask
 
+_AXES = -1, -2  # of the slots, in a cache's key and value
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -85,21 +87,20 @@ class Cache:
       array = jnp.asarray(bias)
       rank = len(batch) + 3
       bias = ArrayBias(array.reshape((1,) * (rank - array.ndim) + array.shape))
-    # (new, axis of the slots)
-    parts = (jnp.moveaxis(key, -3, -1), -1), (value.swapaxes(-3, -2), -2)
+    new = jnp.moveaxis(key, -3, -1), value.swapaxes(-3, -2)
     if self.key is None:
-      used = [new for new, _ in parts]
-      buffers = [_pad(new, self.capacity, axis) for new, axis in parts]
-    else:
+      used = new
       buffers = [
-        lax.dynamic_update_slice_in_dim(
-          buffer, new.astype(buffer.dtype), self.length, axis=axis
-        )
-        for buffer, (new, axis) in zip(
-          (self.key, self.value), parts, strict=True
-        )
+        _pad(x, self.capacity, axis) for x, axis in zip(new, _AXES, strict=True)
       ]
-      used = buffers
+    else:
+      used = buffers = lax.platform_dependent(
+        (self.key, self.value),
+        new,
+        self.length,
+        cpu=_write_apart,
+        default=_write,
+      )
     extended = dataclasses.replace(
       self,
       length=jnp.asarray(self.length + count, jnp.int32),
@@ -166,6 +167,25 @@ def align(sequences, length: int | None = None):
     for s, n in zip(sequences, lengths, strict=True)
   ]
   return np.stack(rows), length - lengths
+
+
+def _write(buffers, new, at):
+  """Both buffers with the new keys and values in the slots from `at` on."""
+  return tuple(
+    lax.dynamic_update_slice_in_dim(buffer, x.astype(buffer.dtype), at, axis)
+    for buffer, x, axis in zip(buffers, new, _AXES, strict=True)
+  )
+
+
+def _write_apart(buffers, new, at):
+  """`_write` as a loop of one turn.
+
+  For a batch of one XLA on CPU would put the update into every kernel that
+  reads a buffer, and copy the buffer for each. It leaves loops alone that it
+  can't count.
+  """
+  turns = jnp.where(at >= 0, 1, 0)
+  return lax.fori_loop(0, turns, lambda _, x: _write(x, new, at), buffers)
 
 
 def _pad(x, length, axis):
