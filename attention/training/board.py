@@ -1,46 +1,72 @@
 """TensorBoard's view of a run: tb/, by tensorboardX."""
 
 import pathlib
+import time
 
 from matplotlib import image
 
 
 class Board:
-  """Scalars, pictures and samples; nothing, without tensorboardX."""
+  """Scalars, pictures and samples; nothing, without tensorboardX.
+
+  tensorboardX's own SummaryWriter hands over to a thread, which a full disk
+  ends, after which the run would wait for it for ever: here files are written
+  at once. After an OSError nothing more is.
+  """
 
   def __init__(self, folder: pathlib.Path, step: int):
     """Opens the folder and hides what came after `step`, the restored one."""
+    self._writer = None
     try:
-      import tensorboardX
+      from tensorboardX import event_file_writer, summary
+      from tensorboardX.proto import event_pb2
     except ImportError:
-      self._writer = None
       return
-    self._writer = tensorboardX.SummaryWriter(
-      str(folder), purge_step=step + 1, max_queue=1
-    )
+    self._summary, self._events = summary, event_pb2
+    folder.mkdir(parents=True, exist_ok=True)
+    self._writer = event_file_writer.EventsWriter(str(folder / 'events'))
+    start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    self._write(step + 1, session_log=start)
 
   def scalars(self, step: int, values: dict) -> None:
     if self._writer:
       for name, value in values.items():
-        self._writer.add_scalar(name, float(value), step)
+        self._write(step, summary=self._summary.scalar(name, float(value)))
+      self._flush()
 
   def sample(self, step: int, text: str) -> None:
     if self._writer:
       indented = '\n'.join(f'    {line}' for line in text.split('\n'))
-      self._writer.add_text('sample', indented, step)
+      self._write(step, summary=self._summary.text('sample', indented))
+      self._flush()
 
   def pictures(self, step: int, folder: pathlib.Path) -> None:
     """Takes all PNG files of a folder, by their names."""
     if self._writer:
       for path in sorted(folder.glob('*.png')):
-        self._writer.add_image(
-          path.stem, image.imread(path), step, dataformats='HWC'
+        picture = self._summary.image(
+          path.stem, image.imread(path), dataformats='HWC'
         )
-
-  def flush(self) -> None:
-    if self._writer:
-      self._writer.flush()
+        self._write(step, summary=picture)
+      self._flush()
 
   def close(self) -> None:
     if self._writer:
       self._writer.close()
+
+  def _write(self, step, **content):
+    self._try(
+      lambda: self._writer.write_event(
+        self._events.Event(step=step, wall_time=time.time(), **content)
+      )
+    )
+
+  def _flush(self):
+    self._try(self._writer.flush)
+
+  def _try(self, write):
+    try:
+      write()
+    except OSError:
+      self._writer = None  # its file may end inside a record
+      raise

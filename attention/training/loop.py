@@ -259,8 +259,8 @@ class _Run:
   def _write(self, done, values):
     with self._tolerance('metrics.jsonl'):
       self.metrics.write(done, values)
-    if done > 1 and self._board:
-      with self._tolerance('tb'):
+    with self._tolerance('tb'):
+      if done > 1 and self._board:
         self._board.scalars(done, values)
 
   def _evaluate(self, state, done):

@@ -175,7 +175,7 @@ def test_the_second_run_in_a_workdir_is_refused(train, tmp_path):
 
 
 def test_a_workdir_holds_only_what_a_run_leaves(train, tmp_path):
-  _finish(train('run', steps=20))
+  _finish(train('run', '--config.training.tensorboard=False', steps=20))
   assert sorted(p.name for p in (tmp_path / 'run').iterdir()) == [
     'checkpoints', 'config.json', 'data.json', 'env.json', 'lock',
     'metrics.jsonl', 'plots', 'samples',
