@@ -32,6 +32,7 @@ def test_digits_train_and_draw_a_confusion_matrix(tmp_path):
   assert ' taken for ' in (tmp_path / 'samples' / '00000030.txt').read_text()
 
 
+@pytest.mark.slow
 def test_a_run_on_texts_learns_resumes_and_draws(tmp_path, capsys):
   config = flags.load_config('configs/classify_text.py:debug')
   config.data.path = str(_texts(tmp_path))

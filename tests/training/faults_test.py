@@ -54,9 +54,10 @@ def _assert_finite(state):
     assert np.isfinite(np.asarray(leaf)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'steps',
-  [pytest.param([4], marks=pytest.mark.slow), [1, 4, 5, 6, 7]],
+  [[4], [1, 4, 5, 6, 7]],
   ids=['one', 'one_fewer_than_too_many'],
 )
 def test_bad_steps_are_skipped_and_counted(
