@@ -10,9 +10,9 @@
 | debug | 2 × 2 × 16, 16, 4, 30 | 8 k |
 
 Default size, Tiny Shakespeare (sha256 86c4e6aa…, --config.data.path=input.txt):
-1.770 nats per character on the whole last tenth (2.177 at step 500, 1.952 at
-1,000); 1.764 with implementation='reference', whose sums round differently, in
-1 min 32 s at about 20,000 tokens/s. nanoGPT quotes 1.88 for this size and
+1.762 nats per character on the whole last tenth (1.833 at step 1,500), in 1 min
+42 s at about 19,000 tokens/s; 1.770 in an earlier run, 1.764 with
+implementation='reference', whose sums round differently. nanoGPT quotes 1.88 for this size and
 budget. A peak learning rate of 3e-3 gives 1.767, 6e-3 with a decay to 1% 1.771,
 1e-2 likewise 1.767: all within the noise of one run.
 
