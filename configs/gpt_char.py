@@ -12,9 +12,9 @@
 Default size, Tiny Shakespeare (sha256 86c4e6aa…, --config.data.path=input.txt):
 1.762 nats per character on the whole last tenth (1.833 at step 1,500), in 1 min
 42 s at about 19,000 tokens/s; 1.770 in an earlier run, 1.764 with
-implementation='reference', whose sums round differently. nanoGPT quotes 1.88 for this size and
-budget. A peak learning rate of 3e-3 gives 1.767, 6e-3 with a decay to 1% 1.771,
-1e-2 likewise 1.767: all within the noise of one run.
+implementation='reference', whose sums round differently. nanoGPT quotes 1.88
+for this size and budget. A peak learning rate of 3e-3 gave 1.767, 6e-3 with a
+decay to 1% 1.771, 1e-2 likewise 1.767: all within the noise of one run.
 
 Default size and text (Python 3.11's standard library): 1.640 nats per
 character, 1 min 52 s.
