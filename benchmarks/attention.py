@@ -2,12 +2,13 @@
 
   python benchmarks/attention.py [WORK ...] [--rounds=9]
 
-Peers take turns round by round; printed are medians of the times, and medians
-of the rounds' ratios, peer over ours. `einsum` is AlphaFold's attention:
-products, bias, where(mask, ·, -1e9), softmax, products. PyTorch's is
-scaled_dot_product_attention (flash) on [b, h, q, d], if torch is installed.
-Temporary memory is XLA's `memory_analysis` of the compiled program; with
---rounds=0 it alone is shown, and nothing runs.
+Peers take turns round by round, each with a run that isn't timed before the one
+that is, so that none pays for what the one before it left in caches and memory.
+Printed are medians of the times, and of the rounds' ratios, peer over ours.
+`einsum` is AlphaFold's attention: products, bias, where(mask, ·, -1e9),
+softmax, products. PyTorch's is scaled_dot_product_attention (flash) on
+[b, h, q, d], if torch is installed. Temporary memory is XLA's `memory_analysis`
+of the compiled program; with --rounds=0 it alone is shown, and nothing runs.
 """
 
 # ruff: noqa: E402
@@ -138,13 +139,13 @@ def measure(peers, rounds):
   """Seconds of each peer, a list a round, taking turns."""
   times = {name: [] for name in peers}
   order, rng = list(peers.items()), random.Random(0)
-  for n in range(rounds and rounds + 1):  # the first to warm up
-    rng.shuffle(order)  # who comes before whom matters to caches
+  for _ in range(rounds):
+    rng.shuffle(order)
     for name, run in order:
+      run()
       start = time.perf_counter()
       run()
-      if n:
-        times[name].append(time.perf_counter() - start)
+      times[name].append(time.perf_counter() - start)
   return times
 
 

@@ -7,6 +7,8 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 
+from attention.ops.dropout import Dropout
+
 
 class Linear(hk.Linear):
   """`hk.Linear` that flattens the leading axes before the matrix product.
@@ -75,10 +77,17 @@ def _normalise_jvp(primals, tangents):
 
 
 def dropout(x: jax.Array, rate: float, is_training: bool) -> jax.Array:
-  """Drops entries with probability `rate` and scales up the rest."""
+  """Drops entries with probability `rate` and scales up the rest.
+
+  By a hash of their positions, which costs a fortieth of `jax.random`'s bits on
+  a CPU.
+  """
   if not is_training or not rate:
     return x
-  return hk.dropout(hk.next_rng_key(), rate, x)
+  rows = math.prod(x.shape[:-1])
+  drawn = Dropout.create(hk.next_rng_key(), rate)
+  kept = drawn.kept(0, 0, rows, 0, x.shape[-1]).reshape(x.shape)
+  return jnp.where(kept, x / (1 - rate), 0)
 
 
 class Affine(NamedTuple):

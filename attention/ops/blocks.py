@@ -283,13 +283,18 @@ def _attention_bwd(plan, saved, d_output):
   def row_step(carry, row):
     rows = _take_row_block(plan, row, query, key, value, d_output, lse, delta)
     all_q, all_k, all_v, all_do, all_lse, all_delta = rows
-    zeros = (jnp.zeros(all_k.shape, f32), jnp.zeros(all_v.shape, f32), carry)
+    zeros = [jnp.zeros(x.swapaxes(2, 3).shape, f32) for x in (all_k, all_v)]
 
     def query_step(carry, number):
       start, done = _block(number, plan.tiles.queries, plan.num_query)
       q, d_out, own_lse, own_delta = (
         batching.take_block(x, start, plan.tiles.queries, 3)
         for x in (all_q, all_do, all_lse, all_delta)
+      )
+      # What is summed over queries has them last; a barrier, or XLA would undo
+      # it and CPUs take a slower product.
+      q_t, d_out_t = lax.optimization_barrier(
+        tuple(jnp.moveaxis(x, -1, 2) for x in (q, d_out))
       )
       if done is not None:
         # Queries of the block before: weights of zero.
@@ -303,27 +308,27 @@ def _attention_bwd(plan, saved, d_output):
           batching.take_block(x, at, plan.tiles.keys, 2) for x in (all_k, all_v)
         )
         tile = _Tile(row, start, at, key_done)
-        dq_, dk_, dv_, d_logits = _tile_gradients(
+        used, d_logits, d_products = _tile_gradients(
           plan, call, q, k, v, d_out, own_lse, own_delta, tile
         )
-        at_keys = (0, 0, at, 0)
-        dk = batching.add_block(dk, dk_, at_keys)
-        dv = batching.add_block(dv, dv_, at_keys)
+        at_keys = (0, 0, 0, at)
+        dk = batching.add_block(dk, _sum_queries(d_products, q_t), at_keys)
+        dv = batching.add_block(dv, _sum_queries(used, d_out_t), at_keys)
         if call.bias is not None:
           flat = d_logits.reshape(len(d_logits), -1, *d_logits.shape[3:])
           d_bias = call.bias.add_gradient(
             d_bias, flat, plan.batch, row, start, at
           )
-        return dq + dq_, (dk, dv, d_bias)
+        return dq + _product(d_products, k), (dk, dv, d_bias)
 
       dq, carry = _fold_keys(plan, key_step, number, (0.0, carry))
       return carry, dq
 
-    (dk, dv, carry), dq = _scan(query_step, zeros, blocks)
+    (dk, dv, carry), dq = _scan(query_step, (*zeros, carry), blocks)
     return carry, (
-      _join(plan, dq).astype(query.dtype),
-      dk.astype(key.dtype),
-      dv.astype(value.dtype),
+      (_join(plan, dq) * call.scale).astype(query.dtype),
+      (dk.swapaxes(2, 3) * call.scale).astype(key.dtype),
+      dv.swapaxes(2, 3).astype(value.dtype),
     )
 
   d_bias = None if call.bias is None else call.bias.zero_gradient()
@@ -343,7 +348,10 @@ def _attention_bwd(plan, saved, d_output):
 
 
 def _tile_gradients(plan, call, q, k, v, do, lse, delta, tile):
-  """Gradients of a tile's query, key, value and biased logits."""
+  """A tile's weights as used, and gradients of its logits and products.
+
+  The products' gradient is the one after scaling.
+  """
   logits, capped = _logits(plan, call, q, k, tile)
   weights = jnp.exp(logits - lse[..., None])
   d_weights = _product(do, v.swapaxes(-1, -2))
@@ -351,23 +359,19 @@ def _tile_gradients(plan, call, q, k, v, do, lse, delta, tile):
   if call.dropout is not None:
     factor = _dropped(plan, call, weights.shape, tile)
     used, d_weights = weights * factor, d_weights * factor
-  dv = _reduce_queries(used, do)
-  d_logits = weights * (d_weights - delta[..., None])
-  d_products = d_logits * call.scale
+  d_products = d_logits = weights * (d_weights - delta[..., None])
   if call.logit_cap is not None:
-    d_products *= 1 - jnp.square(capped / call.logit_cap)
-  dq = _product(d_products, k)
-  dk = _reduce_queries(d_products, q)
-  return dq, dk, dv, d_logits
+    d_products = d_logits * (1 - jnp.square(capped / call.logit_cap))
+  return used, d_logits, d_products
 
 
-def _reduce_queries(weights, x):
-  """Σ over queries and the heads that share a key: [r, g, k, c]."""
+def _sum_queries(weights, x):
+  """Over queries and the heads that share a key; [r, g, c, p, q] → …, c, k]."""
   r, g, p, q, k = weights.shape
   return jnp.einsum(
-    'rgqk,rgqc->rgkc',
+    'rgcq,rgqk->rgck',
+    x.reshape(r, g, -1, p * q),
     weights.reshape(r, g, p * q, k).astype(x.dtype),
-    x.reshape(r, g, p * q, -1),
     preferred_element_type=jnp.float32,
   )
 

@@ -1,4 +1,4 @@
-"""Attention dropout whose bits depend on positions alone, not on tiles."""
+"""Dropout whose bits are a hash of positions alone, not of tiles or devices."""
 
 import dataclasses
 
@@ -32,7 +32,12 @@ class Dropout:
     return cls(jax.random.bits(rng, (2,), jnp.uint32), float(rate))
 
   def factor(self, row, query, num_query: int, key, num_key: int):
-    """[..., num_query, num_key] float32: 0 or 1 / (1 - rate).
+    """[..., num_query, num_key] float32: 0 or 1 / (1 - rate); see `kept`."""
+    kept = self.kept(row, query, num_query, key, num_key)
+    return jnp.where(kept, 1 / (1 - self.rate), 0.0)
+
+  def kept(self, row, query, num_query: int, key, num_key: int):
+    """[..., num_query, num_key] bool.
 
     Args:
       row: [...] integers that number batch rows and heads.
@@ -48,4 +53,4 @@ class Dropout:
     line = _mix((row[..., None] ^ queries) + self.seed[1])
     bits = _mix(line[..., None] ^ _mix(keys + self.seed[0]))
     threshold = jnp.uint32(round(self.rate * (2**32 - 1)))
-    return jnp.where(bits >= threshold, 1 / (1 - self.rate), 0.0)
+    return bits >= threshold

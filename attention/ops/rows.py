@@ -19,8 +19,8 @@ from attention.ops.call import Call
 
 _MASKED = -1e30  # added to logits that are masked out
 # Logits in cache at once: XLA on CPU fuses the forward pass into one kernel,
-# which is at its best at 8 MiB; the backward one, of several kernels, at 1 MiB.
-_FORWARD_SIZE, _BACKWARD_SIZE = 2**21, 2**18
+# which is at its best at 8 MiB; the backward one, of several kernels, at 2 MiB.
+_FORWARD_SIZE, _BACKWARD_SIZE = 2**21, 2**19
 
 
 def attention(query, key, value, call: Call, rows: tuple | None = None):
@@ -106,7 +106,10 @@ def _softmax(call, batch, row, query, key):
   """
   r, q = query.shape[:2]
   k = key.shape[1]
-  x = _products(query, key) * call.scale
+  if query.dtype == jnp.float32:
+    x = _products(query * call.scale, key)  # the query is smaller
+  else:  # where it would lose bits
+    x = _products(query, key) * call.scale
   if call.logit_cap is not None:
     x = call.logit_cap * jnp.tanh(x / call.logit_cap)
   logits, seen = x, None
@@ -145,6 +148,11 @@ def _row_step(call, batch, row, query, key, value):
   return output.swapaxes(1, 2).astype(query.dtype)
 
 
+def _per_query(x):
+  """[r, h, q] → [r, q, h, 1]."""
+  return x.swapaxes(1, 2)[..., None]
+
+
 def _row_gradients(call, batch, row, query, key, value, d_output):
   """Gradients of some rows' query, key and value, logits and sinks."""
   groups = key.shape[2]
@@ -155,13 +163,19 @@ def _row_gradients(call, batch, row, query, key, value, d_output):
   inverse = 1 / total
   if seen is not None:
     inverse = jnp.where(seen, inverse, 0)
-  weights = used = exp * inverse[..., None]
-  d_weights = lax.optimization_barrier(_products(d_output, value))
+  # The softmax's division goes to the output's gradient, which is smaller than
+  # the weights (in float32: it would underflow in float16).
+  d_output, used = _per_query(inverse) * d_output, exp
   if call.dropout is not None:
     factor = _factor(call, row, exp.shape)
-    used, d_weights = weights * factor, d_weights * factor
-  delta = (weights * d_weights).sum(-1)
-  d_logits = weights * (d_weights - delta[..., None])
+    used = exp * factor
+  # Each query's Σ weight · d_weight, from its output (Dao et al. 2022).
+  output = _sum_keys(used, value).swapaxes(1, 2) * _per_query(inverse)
+  delta = (d_output * output).sum(-1).swapaxes(1, 2)
+  d_weights = _products(d_output, value)
+  if call.dropout is not None:
+    d_weights = d_weights * factor
+  d_logits = exp * (d_weights - delta[..., None])
   d_products = d_logits = lax.optimization_barrier(d_logits)
   if call.logit_cap is not None:
     d_products = d_logits * (1 - jnp.square(x / call.logit_cap))
@@ -174,7 +188,7 @@ def _row_gradients(call, batch, row, query, key, value, d_output):
   ]
   d_sinks = None
   if sink_exp is not None:
-    d_sinks = -(sink_exp * inverse * delta).sum((0, 2))
+    d_sinks = -(sink_exp * delta).sum((0, 2))
   return grads, d_logits, d_sinks
 
 
