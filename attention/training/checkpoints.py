@@ -47,7 +47,9 @@ class Checkpoints:
     """
     self._directory = directory.absolute()  # as orbax wants it
     self._num_kept, self._warn = num_kept, warn
-    self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+    self._checkpointer = ocp.AsyncCheckpointer(
+      ocp.CompositeCheckpointHandler(handler_registry=_handlers())
+    )
     self._saving: threading.Thread | None = None
     self._saved: int | None = None
     if self._is_writer:
@@ -87,7 +89,7 @@ class Checkpoints:
       self._checkpointer.save(
         part,
         args=ocp.args.Composite(
-          **{name: ocp.args.StandardSave(tree) for name, tree in state.items()}
+          **{name: ocp.args.PyTreeSave(tree) for name, tree in state.items()}
         ),
       )
     except _FAILURES as error:
@@ -122,7 +124,7 @@ class Checkpoints:
         }
       ),
     )
-    return {name: restored[name] for name in parts}
+    return {name: jax.device_put(restored[name], device) for name in parts}
 
   def wait(self) -> None:
     """Waits until everything is on disk."""
@@ -217,6 +219,25 @@ class Checkpoints:
     except ValueError:
       return math.inf
     return values.get('eval/loss', math.inf)
+
+
+def _handlers():
+  """Orbax's handlers, with one of trees that takes half the time to save one.
+
+  By itself it cuts every array up, to write a share from each copy, and notes
+  where each array lay, which we tell whenever we restore.
+  """
+  arrays = ocp.type_handlers.ArrayHandler(
+    use_replica_parallel=False, enable_write_sharding_file=False
+  )
+  handler = ocp.PyTreeCheckpointHandler(
+    type_handler_registry=ocp.type_handlers.create_type_handler_registry(
+      (jax.Array, arrays)
+    )
+  )
+  registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+  registry.add(None, ocp.args.PyTreeSave, handler)
+  return registry
 
 
 def abstract(shapes, sharding):
