@@ -41,10 +41,9 @@ def attention(query, key, value, call: Call, tiles: Tiles | None = None):
   num_key, num_groups, value_size = value.shape[-3:]
   rows = math.prod(batch)
   tiles = tiles or Tiles.choose(num_heads, num_query, num_key)
-  # [rows, g, h / g, q, d]: heads beside the batch, for the products' sake.
+  # [rows, q, g, h / g, d]
   query = query.reshape(rows, num_query, num_groups, -1, query.shape[-1])
-  query = query.transpose(0, 2, 3, 1, 4)
-  key, value = (batching.flatten(x, 3).swapaxes(1, 2) for x in (key, value))
+  key, value = (batching.flatten(x, 3) for x in (key, value))
   plan = _Plan(
     tuple(batch),
     num_query,
@@ -53,7 +52,6 @@ def attention(query, key, value, call: Call, tiles: Tiles | None = None):
     _ranges(call, num_query, num_key, tiles),
   )
   output = _attention(plan, query, key, value, call)
-  output = output.transpose(0, 3, 1, 2, 4)
   return output.reshape(*batch, num_query, num_heads, value_size)
 
 
@@ -106,6 +104,20 @@ def _block(number, size, length):
   if isinstance(number, int) or length % size == 0:
     return number * size, None
   return jnp.minimum(number * size, length - size), number * size
+
+
+def _take_queries(plan, start, *arrays):
+  """Blocks of [r, q, g, p, …], heads beside the batch: [r, g, p, q, …]."""
+  blocks = (
+    batching.take_block(x, start, plan.tiles.queries, 1) for x in arrays
+  )
+  return [jnp.moveaxis(x, 1, 3) for x in blocks]
+
+
+def _take_keys(plan, start, *arrays):
+  """Blocks of [r, k, g, c], heads beside the batch: [r, g, k, c]."""
+  blocks = (batching.take_block(x, start, plan.tiles.keys, 1) for x in arrays)
+  return [x.swapaxes(1, 2) for x in blocks]
 
 
 def _logits(plan, call, query, key, tile):
@@ -227,18 +239,17 @@ def _forward(plan, query, key, value, call):
 
     def query_step(_, number):
       start, _ = _block(number, plan.tiles.queries, plan.num_query)
-      q = batching.take_block(rows[0], start, plan.tiles.queries, 3)
+      (q,) = _take_queries(plan, start, rows[0])
 
       def key_step(number, carry):
         at, key_done = _block(number, plan.tiles.keys, plan.num_key)
-        k, v = (
-          batching.take_block(x, at, plan.tiles.keys, 2) for x in rows[1:]
-        )
+        k, v = _take_keys(plan, at, *rows[1:])
         tile = _Tile(row, start, at, key_done)
         return _absorb(plan, call, carry, q, k, v, tile)
 
       output, lse = _finish(call, *_fold_keys(plan, key_step, number, None))
-      return None, (output.astype(query.dtype), lse)
+      output = output.astype(query.dtype)
+      return None, tuple(jnp.moveaxis(x, 3, 1) for x in (output, lse))
 
     _, (output, lse) = _scan(query_step, None, blocks)
     return None, (_join(plan, output), _join(plan, lse))
@@ -248,15 +259,18 @@ def _forward(plan, query, key, value, call):
 
 
 def _join(plan, blocks):
-  """[blocks, r, g, p, q, …] → [r, g, p, all queries, …]."""
+  """[blocks, r, q, …] → [r, all queries, …]."""
   if len(blocks) == 1:
     return blocks[0]
   size, length = plan.tiles.queries, plan.num_query
-  whole = jnp.moveaxis(blocks[:-1], 0, 3)
-  whole = whole.reshape(*whole.shape[:3], -1, *whole.shape[5:])
-  # The last block begins earlier if it is ragged.
-  rest = length - whole.shape[3]
-  return jnp.concatenate([whole, blocks[-1][:, :, :, size - rest :]], axis=3)
+  whole = blocks.swapaxes(0, 1)
+  whole = whole.reshape(len(whole), -1, *whole.shape[3:])
+  rest = length % size
+  if not rest:
+    return whole
+  # The last block begins earlier.
+  whole, last = whole[:, :-size], whole[:, -rest:]
+  return jnp.concatenate([whole, last], axis=1)
 
 
 def _join_rows(blocks):
@@ -283,13 +297,12 @@ def _attention_bwd(plan, saved, d_output):
   def row_step(carry, row):
     rows = _take_row_block(plan, row, query, key, value, d_output, lse, delta)
     all_q, all_k, all_v, all_do, all_lse, all_delta = rows
-    zeros = [jnp.zeros(x.swapaxes(2, 3).shape, f32) for x in (all_k, all_v)]
+    zeros = [jnp.zeros(x.shape, f32) for x in (all_k, all_v)]
 
     def query_step(carry, number):
       start, done = _block(number, plan.tiles.queries, plan.num_query)
-      q, d_out, own_lse, own_delta = (
-        batching.take_block(x, start, plan.tiles.queries, 3)
-        for x in (all_q, all_do, all_lse, all_delta)
+      q, d_out, own_lse, own_delta = _take_queries(
+        plan, start, all_q, all_do, all_lse, all_delta
       )
       # What is summed over queries has them last; a barrier, or XLA would undo
       # it and CPUs take a slower product.
@@ -304,14 +317,12 @@ def _attention_bwd(plan, saved, d_output):
       def key_step(number, carry):
         dq, (dk, dv, d_bias) = carry
         at, key_done = _block(number, plan.tiles.keys, plan.num_key)
-        k, v = (
-          batching.take_block(x, at, plan.tiles.keys, 2) for x in (all_k, all_v)
-        )
+        k, v = _take_keys(plan, at, all_k, all_v)
         tile = _Tile(row, start, at, key_done)
         used, d_logits, d_products = _tile_gradients(
           plan, call, q, k, v, d_out, own_lse, own_delta, tile
         )
-        at_keys = (0, 0, 0, at)
+        at_keys = (0, at, 0, 0)
         dk = batching.add_block(dk, _sum_queries(d_products, q_t), at_keys)
         dv = batching.add_block(dv, _sum_queries(used, d_out_t), at_keys)
         if call.bias is not None:
@@ -322,13 +333,13 @@ def _attention_bwd(plan, saved, d_output):
         return dq + _product(d_products, k), (dk, dv, d_bias)
 
       dq, carry = _fold_keys(plan, key_step, number, (0.0, carry))
-      return carry, dq
+      return carry, jnp.moveaxis(dq, 3, 1)
 
     (dk, dv, carry), dq = _scan(query_step, (*zeros, carry), blocks)
     return carry, (
       (_join(plan, dq) * call.scale).astype(query.dtype),
-      (dk.swapaxes(2, 3) * call.scale).astype(key.dtype),
-      dv.swapaxes(2, 3).astype(value.dtype),
+      (dk * call.scale).astype(key.dtype),
+      dv.astype(value.dtype),
     )
 
   d_bias = None if call.bias is None else call.bias.zero_gradient()
@@ -338,8 +349,8 @@ def _attention_bwd(plan, saved, d_output):
     d_bias = call.bias.finish_gradient(d_bias)
   d_sinks = None
   if call.sinks is not None:
-    sinks = call.sinks.astype(f32).reshape(*lse.shape[1:3], 1)
-    d_sinks = -(jnp.exp(sinks - lse) * delta).sum((0, 3))
+    sinks = call.sinks.astype(f32).reshape(lse.shape[2:])
+    d_sinks = -(jnp.exp(sinks - lse) * delta).sum((0, 1))
     d_sinks = d_sinks.reshape(call.sinks.shape).astype(call.sinks.dtype)
   d_call = dataclasses.replace(
     call, bias=d_bias, sinks=d_sinks, mask=None, dropout=None
@@ -366,14 +377,15 @@ def _tile_gradients(plan, call, q, k, v, do, lse, delta, tile):
 
 
 def _sum_queries(weights, x):
-  """Over queries and the heads that share a key; [r, g, c, p, q] → …, c, k]."""
+  """Over queries and heads that share a key: [r, g, c, p, q] → [r, k, g, c]."""
   r, g, p, q, k = weights.shape
-  return jnp.einsum(
+  sums = jnp.einsum(
     'rgcq,rgqk->rgck',
     x.reshape(r, g, -1, p * q),
     weights.reshape(r, g, p * q, k).astype(x.dtype),
     preferred_element_type=jnp.float32,
   )
+  return sums.transpose(0, 3, 1, 2)
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
