@@ -1,0 +1,45 @@
+"""Text written by a GPT, a piece at a time."""
+
+import jax
+import numpy as np
+import pytest
+
+from attention.data import language
+from attention.training.tasks.language import Language
+
+_CONTEXT = 16  # so that pieces are of 4 tokens
+
+
+def _task(vocabulary):
+  sizes = dict(num_layers=1, num_heads=2, model_size=12)
+  return Language(vocabulary, {'context_size': _CONTEXT, **sizes}, None)
+
+
+@pytest.mark.parametrize('length', [1, 7, 40])
+def test_a_stream_is_what_plain_forward_passes_would_write(length):
+  task = _task(language.Characters('abcdefghijk'))
+  params = jax.jit(task.init)(jax.random.key(0))
+  params = jax.tree.map(lambda p: 5 * p, params)
+  prompt = ('abcdefghijk' * 4)[:length]
+  pieces = list(task.stream(params, prompt, 10, seed=0, temperature=0.0))
+  assert [len(p) for p in pieces] == [length, 4, 4, 2]
+  tokens = task.vocabulary.encode(prompt).tolist()
+  apply = jax.jit(task.apply)
+  for _ in range(3):
+    window = tokens[-(_CONTEXT - 3) :]  # a piece begins with what fits
+    for _ in range(4):
+      rest = [0] * (_CONTEXT - len(window))  # nobody looks ahead
+      logits = apply(params, np.array([window + rest]))
+      window = [*window, int(logits[0, len(window) - 1].argmax())]
+    tokens += window[-4:]
+  assert ''.join(pieces) == task.vocabulary.decode(tokens[: length + 10])
+
+
+def test_a_symbol_of_several_bytes_is_streamed_whole(monkeypatch):
+  task = _task(language.Bytes())
+  written = 'aé€ü𝄞zéa'.encode()
+  pieces = iter(np.frombuffer(written, np.uint8).reshape(-1, 1, 4))
+  monkeypatch.setattr(task, '_write', lambda *_, **__: next(pieces))
+  text = list(task.stream(None, 'ß', len(written), seed=0))
+  assert ''.join(text) == 'ß' + written.decode()
+  assert len(text) == 1 + len(written) // 4
