@@ -6,9 +6,18 @@
     --config.data.validation_target_path=val.de.gz
 
 Default size (4 + 4 layers of width 128, 2.0 M parameters with a BPE of 5,000):
-on Multi30k English to German, 18.2 BLEU of the validation part (greedy) after
-1,000 of 9,000 steps. It has not been run to its end. Measured on 2026-11-21,
-two cores of an AMD EPYC, JAX 0.10.2. The other way: swap the paths.
+on Multi30k English to German, 36.3 BLEU of the test part of 2016 (sacrebleu:
+case:mixed, tok:13a; 36.7 with case:lc), beam 5, by
+
+  python -m attention evaluate --workdir=runs/translate --beam_size=5 \\
+    --source=test_2016_flickr.en.gz --target=test_2016_flickr.de.gz
+
+Of the validation part, greedily, after each 1,000 steps: 17.9, 25.9, 30.0,
+30.0, 33.4, 34.0, 34.6, 34.6, 34.9; its loss falls to 1.778 nats a token. 56
+minutes on the clock with other work beside it, some 45 alone (5,300 to 5,700
+target tokens a second). Measured on 2026-11-21, two cores of an AMD EPYC, JAX
+0.10.2, before dropout was drawn by a hash, which makes a step 1.08 times as
+fast. The other way: swap the paths.
 """
 
 import ml_collections

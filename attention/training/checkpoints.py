@@ -19,13 +19,14 @@ _FAILURES = (OSError, ValueError, RuntimeError)
 
 
 class _NotOrbax(logging.Filter):
-  """Keeps orbax from logging at length what `warn` tells in a line."""
+  """Keeps orbax's troubles, which `warn` tells in a line, from being logged."""
 
   def filter(self, record):
-    return 'orbax' not in record.pathname
+    return 'orbax' not in record.pathname + record.getMessage()
 
 
-logging.getLogger('absl').addFilter(_NotOrbax())
+for _name in ('absl', 'asyncio'):
+  logging.getLogger(_name).addFilter(_NotOrbax())
 
 
 class Checkpoints:
@@ -165,7 +166,9 @@ class Checkpoints:
 
   def _check_room(self, state):
     """Raises OSError where a save would fail half-way, and at length."""
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    leaves = jax.tree.leaves(state)
+    # With what else a save writes: a guess on the safe side.
+    size = sum(x.nbytes for x in leaves) * 5 // 4 + len(leaves) * 2**14
     self._directory.mkdir(exist_ok=True)
     probe = self._directory / 'room.part'
     probe.write_bytes(bytes(min(size, 2**20)))
