@@ -19,10 +19,11 @@ class Board:
     self._writer = None
     try:
       from tensorboardX import event_file_writer, summary
-      from tensorboardX.proto import event_pb2
+      from tensorboardX.proto import event_pb2, summary_pb2
     except ImportError:
       return
     self._summary, self._events = summary, event_pb2
+    self._values = summary_pb2.Summary
     folder.mkdir(parents=True, exist_ok=True)
     self._writer = event_file_writer.EventsWriter(str(folder / 'events'))
     start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
@@ -30,8 +31,12 @@ class Board:
 
   def scalars(self, step: int, values: dict) -> None:
     if self._writer:
-      for name, value in values.items():
-        self._write(step, summary=self._summary.scalar(name, float(value)))
+      # Not by summary.scalar, which logs a warning of each NaN.
+      scalars = [
+        self._values.Value(tag=name, simple_value=float(value))
+        for name, value in values.items()
+      ]
+      self._write(step, summary=self._values(value=scalars))
       self._flush()
 
   def sample(self, step: int, text: str) -> None:
