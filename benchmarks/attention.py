@@ -50,6 +50,7 @@ WORKS = {
   'window8192': ((1, 8192, 4, 64), None, 'window', None),
   'window32768': ((1, 32768, 4, 64), None, 'window', None),
 }
+_REST = 0.05  # seconds after a turn: threads of PyTorch's spin on for a while
 _DEFAULT = [w for w in WORKS if w not in ('pair512', 'causal8192')]
 
 
@@ -146,6 +147,7 @@ def measure(peers, rounds):
       start = time.perf_counter()
       run()
       times[name].append(time.perf_counter() - start)
+      time.sleep(_REST)
   return times
 
 

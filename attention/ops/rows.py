@@ -21,6 +21,7 @@ _MASKED = -1e30  # added to logits that are masked out
 # Logits in cache at once: XLA on CPU fuses the forward pass into one kernel,
 # which is at its best at 8 MiB; the backward one, of several kernels, at 2 MiB.
 _FORWARD_SIZE, _BACKWARD_SIZE = 2**21, 2**19
+_MANY_KEYS = 256  # from here on XLA's sum over them costs more than a product
 
 
 def attention(query, key, value, call: Call, rows: tuple | None = None):
@@ -169,12 +170,14 @@ def _row_gradients(call, batch, row, query, key, value, d_output):
   if call.dropout is not None:
     factor = _factor(call, row, exp.shape)
     used = exp * factor
-  # Each query's Σ weight · d_weight, from its output (Dao et al. 2022).
-  output = _sum_keys(used, value).swapaxes(1, 2) * _per_query(inverse)
-  delta = (d_output * output).sum(-1).swapaxes(1, 2)
   d_weights = _products(d_output, value)
   if call.dropout is not None:
     d_weights = d_weights * factor
+  if key.shape[1] < _MANY_KEYS:
+    delta = (exp * d_weights).sum(-1) * inverse
+  else:  # the same from the output (Dao et al. 2022), of which there is less
+    output = _sum_keys(used, value).swapaxes(1, 2) * _per_query(inverse)
+    delta = (d_output * output).sum(-1).swapaxes(1, 2)
   d_logits = exp * (d_weights - delta[..., None])
   d_products = d_logits = lax.optimization_barrier(d_logits)
   if call.logit_cap is not None:
