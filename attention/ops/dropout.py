@@ -1,4 +1,4 @@
-"""Dropout whose bits are a hash of positions alone, not of tiles or devices."""
+"""Dropout whose bits are a hash of positions, whatever tiles they are in."""
 
 import dataclasses
 
