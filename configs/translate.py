@@ -17,7 +17,8 @@ Of the validation part, greedily, after each 1,000 steps: 17.9, 25.9, 30.0,
 minutes on the clock with other work beside it, some 45 alone (5,300 to 5,700
 target tokens a second). Measured on 2026-11-21, two cores of an AMD EPYC, JAX
 0.10.2, before dropout was drawn by a hash, which makes a step 1.08 times as
-fast. The other way: swap the paths.
+fast. The other way, with the paths swapped, after 1,500 steps, 300 to warm up:
+28.1 BLEU of the same part.
 """
 
 import ml_collections
