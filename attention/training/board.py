@@ -1,6 +1,8 @@
 """TensorBoard's view of a run: tb/, by tensorboardX."""
 
+import contextlib
 import pathlib
+import platform
 import time
 
 from matplotlib import image
@@ -18,14 +20,17 @@ class Board:
     """Opens the folder and hides what came after `step`, the restored one."""
     self._writer = None
     try:
-      from tensorboardX import event_file_writer, summary
+      from tensorboardX import record_writer, summary
       from tensorboardX.proto import event_pb2, summary_pb2
     except ImportError:
       return
     self._summary, self._events = summary, event_pb2
     self._values = summary_pb2.Summary
     folder.mkdir(parents=True, exist_ok=True)
-    self._writer = event_file_writer.EventsWriter(str(folder / 'events'))
+    # As TensorBoard finds them: seconds since 1970, and a host.
+    name = f'events.out.tfevents.{time.time():.0f}.{platform.node()}'
+    self._writer = record_writer.RecordWriter(str(folder / name))
+    self._write(0, file_version='brain.Event:2')
     start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
     self._write(step + 1, session_log=start)
 
@@ -60,11 +65,8 @@ class Board:
       self._writer.close()
 
   def _write(self, step, **content):
-    self._try(
-      lambda: self._writer.write_event(
-        self._events.Event(step=step, wall_time=time.time(), **content)
-      )
-    )
+    event = self._events.Event(step=step, wall_time=time.time(), **content)
+    self._try(lambda: self._writer.write(event.SerializeToString()))
 
   def _flush(self):
     self._try(self._writer.flush)
@@ -73,5 +75,8 @@ class Board:
     try:
       write()
     except OSError:
-      self._writer = None  # its file may end inside a record
+      # Its file may end inside a record.
+      writer, self._writer = self._writer, None
+      with contextlib.suppress(OSError):
+        writer.close()
       raise
