@@ -79,8 +79,8 @@ def _normalise_jvp(primals, tangents):
 def dropout(x: jax.Array, rate: float, is_training: bool) -> jax.Array:
   """Drops entries with probability `rate` and scales up the rest.
 
-  By a hash of their positions, which costs a fortieth of `jax.random`'s bits on
-  a CPU.
+  By a hash of their positions: drawing `jax.random`'s bits takes a CPU longer
+  than what is done with them.
   """
   if not is_training or not rate:
     return x

@@ -48,7 +48,7 @@ class Bias:
 
 
 def _sum_rows(x):
-  """[r, …] → [1, …] by halves: XLA's own sum is some 50 × slower on CPU."""
+  """[r, …] → [1, …] by halves: on CPU XLA's own sum is far slower."""
   total = jnp.zeros((), x.dtype)
   while len(x) > 1:
     half = len(x) // 2
