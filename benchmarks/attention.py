@@ -47,11 +47,12 @@ WORKS = {
   'causal4096': ((1, 4096, 4, 64), None, 'causal', None),
   'causal8192': ((1, 8192, 4, 64), None, 'causal', None),
   'template': ((16384, 1, 4, 16), 4, None, None),
-  'window8192': ((1, 8192, 4, 64), None, 'window', None),
-  'window32768': ((1, 32768, 4, 64), None, 'window', None),
 }
+_WINDOW = 1024  # 'window': the same one at two lengths, ours against ours
+_LENGTHS = (8192, 32768)
 _REST = 0.05  # seconds after a turn: threads of PyTorch's spin on for a while
-_DEFAULT = [w for w in WORKS if w not in ('pair512', 'causal8192')]
+_ALL = [*WORKS, 'window']
+_DEFAULT = [w for w in _ALL if w not in ('pair512', 'causal8192')]
 
 
 def einsum(query, key, value, bias, mask):
@@ -82,8 +83,6 @@ def masks(kind, shape, num_key):
   if kind == 'keys':
     lengths = np.random.default_rng(0).integers(num_key // 2, num_key, shape[0])
     mask = Mask.lengths(key_lengths=lengths)
-  elif kind == 'window':
-    return Mask.causal() & Mask.window(left=1023), None
   else:
     mask = Mask.causal()
   return mask, mask.to_array(shape[1], num_key)
@@ -151,75 +150,97 @@ def measure(peers, rounds):
   return times
 
 
-def compare(name, is_gradient, rounds, table):
-  shape, num_key, kind, bias_shape = WORKS[name]
-  num_key = num_key or shape[1]
+def draw(shape, num_key, bias_shape):
+  """Query, key, value, bias or None, and the output's gradient."""
   keys = jax.random.split(jax.random.key(0), 5)
   kv_shape = (shape[0], num_key, *shape[2:])
   shapes = (shape, kv_shape, kv_shape, bias_shape, shape)
-  arrays = [
+  return [
     None if s is None else jax.random.normal(k, s)
     for k, s in zip(keys, shapes, strict=True)
   ]
+
+
+def compare(name, is_gradient, rounds, table):
+  """Adds a row for each peer to the table."""
+  shape, num_key, kind, bias_shape = WORKS[name]
+  num_key = num_key or shape[1]
+  arrays = draw(shape, num_key, bias_shape)
   mask, array = masks(kind, shape, num_key)
-  functions = {'default': library(None)}
-  if kind != 'window':  # nobody holds [32768, 32768]
-    functions |= {
-      'chunked': library('chunked'),
-      'reference': library('reference'),
-      'einsum': einsum,
-    }
+  functions = {
+    'default': library(None),
+    'chunked': library('chunked'),
+    'reference': library('reference'),
+    'einsum': einsum,
+  }
   peers, memory = {}, {}
   for peer, function in functions.items():
     peers[peer], memory[peer] = jax_peer(
       function, arrays, array if peer == 'einsum' else mask, is_gradient
     )
-  if torch and rounds and kind != 'window':
+  if torch and rounds:
     peers['PyTorch'] = torch_peer(arrays, array, is_gradient)
   times = measure(peers, rounds)
+  add_rows(table, name, is_gradient, times, memory, 'default')
+
+
+def compare_lengths(is_gradient, rounds, table):
+  """The same for one window at two lengths, the longer one's time by length."""
+  mask = Mask.causal() & Mask.window(left=_WINDOW - 1)
+  short, long = _LENGTHS
+  more = long // short
+  names = {short: f'{short}', long: f'{long}, time / {more}'}
+  peers, memory = {}, {}
+  for length, name in names.items():
+    arrays = draw((1, length, 4, 64), length, None)
+    peers[name], memory[name] = jax_peer(
+      library(None), arrays, mask, is_gradient
+    )
+  times = measure(peers, rounds)
+  times[names[long]] = [x / more for x in times[names[long]]]
+  add_rows(table, f'window{_WINDOW}', is_gradient, times, memory, names[short])
+
+
+def add_rows(table, work, is_gradient, times, memory, base):
+  """A row for each peer: medians, and ratios to `base` round by round."""
   for peer, seconds in times.items():
-    ratios = [a / b for a, b in zip(seconds, times['default'], strict=True)]
+    ratios = [a / b for a, b in zip(seconds, times[base], strict=True)]
     table.add_row(
-      name,
+      work,
       'gradient' if is_gradient else 'forward',
       peer,
       f'{statistics.median(seconds) * 1e3:.1f}' if seconds else '',
       f'{statistics.median(ratios):.2f}' if ratios else '',
       f'{memory[peer] / 2**20:.1f}' if peer in memory else '',
-      f'{memory[peer] / memory["default"]:.1f}' if peer in memory else '',
+      f'{memory[peer] / memory[base]:.1f}' if peer in memory else '',
     )
   table.add_section()
-  if rounds:
-    return statistics.median(times['default']) / (shape[0] * shape[1])
 
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument('works', nargs='*', help=', '.join(WORKS))
+  parser.add_argument(
+    'works',
+    nargs='*',
+    choices=[[], *_ALL],
+    metavar='WORK',
+    default=_DEFAULT,
+    help=', '.join(_ALL),
+  )
   parser.add_argument('--rounds', type=int, default=9)
   arguments = parser.parse_args()
   table = Table(
-    'work', '', 'peer', 'ms', 'over default', 'temporary MiB', 'over default'
+    'work', '', 'peer', 'ms', 'over first', 'temporary MiB', 'over first'
   )
-  seconds = {}
-  for name in arguments.works or _DEFAULT:
+  for work in arguments.works:
     for is_gradient in (False, True):
-      seconds[name, is_gradient] = compare(
-        name, is_gradient, arguments.rounds, table
-      )
+      if work == 'window':
+        compare_lengths(is_gradient, arguments.rounds, table)
+      else:
+        compare(work, is_gradient, arguments.rounds, table)
   versions = f'jax {jax.__version__}'
   table.caption = versions + (f', torch {torch.__version__}' if torch else '')
-  console = Console()
-  console.print(table)
-  for is_gradient in (False, True):
-    if seconds.get(('window32768', is_gradient)):
-      ratio = (
-        seconds['window32768', is_gradient] / seconds['window8192', is_gradient]
-      )
-      what = 'gradient' if is_gradient else 'forward'
-      console.print(
-        f'window 1024, {what}, a token at 32768 / 8192: {ratio:.2f}'
-      )
+  Console().print(table)
 
 
 if __name__ == '__main__':
