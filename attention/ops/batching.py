@@ -59,11 +59,22 @@ def take_block(array, start, size: int, axis: int):
   return lax.dynamic_slice_in_dim(array, start, size, axis)
 
 
+def put_block(whole, block, start):
+  """`whole` with `block` in it from `start` on, indices of the first axes."""
+  if whole.shape == block.shape:
+    return block
+  return lax.dynamic_update_slice(whole, block, _starts(start, whole.ndim))
+
+
 def add_block(whole, block, start):
-  """`whole` with `block` added from `start` on, an index for each axis."""
+  """`whole` with `block` added from `start` on, indices of the first axes."""
   if whole.shape == block.shape:
     return whole + block
-  # Starts of mixed kinds: all as int32.
-  start = [jnp.asarray(i, jnp.int32) for i in start]
-  old = lax.dynamic_slice(whole, start, block.shape)
-  return lax.dynamic_update_slice(whole, old + block, start)
+  old = lax.dynamic_slice(whole, _starts(start, whole.ndim), block.shape)
+  return put_block(whole, old + block, start)
+
+
+def _starts(start, ndim):
+  """Starts of mixed kinds, all as int32; of axes not named, 0."""
+  start = (*start, *(0,) * (ndim - len(start)))
+  return [jnp.asarray(i, jnp.int32) for i in start]

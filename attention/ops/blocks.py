@@ -39,15 +39,13 @@ def attention(query, key, value, call: Call, tiles: Tiles | None = None):
   """See `dot_product_attention`; the arguments are checked already."""
   *batch, num_query, num_heads, _ = query.shape
   num_key, num_groups, value_size = value.shape[-3:]
-  rows = math.prod(batch)
   tiles = tiles or Tiles.choose(num_heads, num_query, num_key)
-  # [rows, q, g, h / g, d]
-  query = query.reshape(rows, num_query, num_groups, -1, query.shape[-1])
-  key, value = (batching.flatten(x, 3) for x in (key, value))
+  query, key, value = (batching.flatten(x, 3) for x in (query, key, value))
   plan = _Plan(
     tuple(batch),
     num_query,
     num_key,
+    num_groups,
     tiles,
     _ranges(call, num_query, num_key, tiles),
   )
@@ -62,6 +60,7 @@ class _Plan:
   batch: tuple
   num_query: int
   num_key: int
+  num_groups: int
   tiles: Tiles
   ranges: tuple  # for each block of queries, (first, last + 1) block of keys
 
@@ -107,11 +106,19 @@ def _block(number, size, length):
 
 
 def _take_queries(plan, start, *arrays):
-  """Blocks of [r, q, g, p, …], heads beside the batch: [r, g, p, q, …]."""
+  """Blocks of [r, q, h, …], heads beside the batch: [r, g, p, q, …]."""
   blocks = (
-    batching.take_block(x, start, plan.tiles.queries, 1) for x in arrays
+    batching.take_block(x, start, plan.tiles.queries, 1).swapaxes(1, 2)
+    for x in arrays
   )
-  return [jnp.moveaxis(x, 1, 3) for x in blocks]
+  return [
+    x.reshape(len(x), plan.num_groups, -1, *x.shape[2:]) for x in blocks
+  ]
+
+
+def _query_block(x, dtype):
+  """[r, g, p, q, …], as `_take_queries` gives it → [r, q, h, …]."""
+  return x.reshape(len(x), -1, *x.shape[3:]).swapaxes(1, 2).astype(dtype)
 
 
 def _take_keys(plan, start, *arrays):
@@ -219,12 +226,12 @@ def _fold_keys(plan, step, block, init):
   return lax.fori_loop(first + 1, last, step, step(first, init))
 
 
-def _scan(step, carry, starts):
-  """`lax.scan` that leaves a single step unwrapped, its start static."""
-  if len(starts) > 1:
-    return lax.scan(step, carry, jnp.asarray(starts))
-  carry, ys = step(carry, int(starts[0]))
-  return carry, jax.tree.map(lambda y: y[None], ys)
+def _fold(step, carry, starts):
+  """Folds step(carry, start); a single one is unwrapped, its start static."""
+  if len(starts) == 1:
+    return step(carry, int(starts[0]))
+  starts = jnp.asarray(starts)
+  return lax.scan(lambda *x: (step(*x), None), carry, starts)[0]
 
 
 def _take_row_block(plan, start, *arrays):
@@ -232,12 +239,17 @@ def _take_row_block(plan, start, *arrays):
 
 
 def _forward(plan, query, key, value, call):
-  blocks = range(len(plan.ranges))
+  """Output [r, q, h, e]; the log of the softmax's denominator, [r, q, h]."""
+  shape = query.shape[:-1]
+  zeros = (
+    jnp.zeros((*shape, value.shape[-1]), query.dtype),
+    jnp.zeros(shape, jnp.float32),
+  )
 
-  def row_step(_, row):
+  def row_step(carry, row):
     rows = _take_row_block(plan, row, query, key, value)
 
-    def query_step(_, number):
+    def query_step(carry, number):
       start, _ = _block(number, plan.tiles.queries, plan.num_query)
       (q,) = _take_queries(plan, start, rows[0])
 
@@ -247,34 +259,16 @@ def _forward(plan, query, key, value, call):
         tile = _Tile(row, start, at, key_done)
         return _absorb(plan, call, carry, q, k, v, tile)
 
-      output, lse = _finish(call, *_fold_keys(plan, key_step, number, None))
-      output = output.astype(query.dtype)
-      return None, tuple(jnp.moveaxis(x, 3, 1) for x in (output, lse))
+      blocks = _finish(call, *_fold_keys(plan, key_step, number, None))
+      # What a ragged end computes twice is the same twice.
+      return tuple(
+        batching.put_block(whole, _query_block(x, whole.dtype), (row, start))
+        for whole, x in zip(carry, blocks, strict=True)
+      )
 
-    _, (output, lse) = _scan(query_step, None, blocks)
-    return None, (_join(plan, output), _join(plan, lse))
+    return _fold(query_step, carry, range(len(plan.ranges)))
 
-  _, (output, lse) = _scan(row_step, None, plan.row_starts)
-  return _join_rows(output), _join_rows(lse)
-
-
-def _join(plan, blocks):
-  """[blocks, r, q, …] → [r, all queries, …]."""
-  if len(blocks) == 1:
-    return blocks[0]
-  size, length = plan.tiles.queries, plan.num_query
-  whole = blocks.swapaxes(0, 1)
-  whole = whole.reshape(len(whole), -1, *whole.shape[3:])
-  rest = length % size
-  if not rest:
-    return whole
-  # The last block begins earlier.
-  whole, last = whole[:, :-size], whole[:, -rest:]
-  return jnp.concatenate([whole, last], axis=1)
-
-
-def _join_rows(blocks):
-  return blocks.reshape(-1, *blocks.shape[2:])
+  return _fold(row_step, zeros, plan.row_starts)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -292,12 +286,10 @@ def _attention_bwd(plan, saved, d_output):
   f32 = jnp.float32
   # Each query's Σ weight · d_weight, from its output alone (Dao et al. 2022).
   delta = (d_output.astype(f32) * output.astype(f32)).sum(-1)
-  blocks = range(len(plan.ranges))
 
   def row_step(carry, row):
     rows = _take_row_block(plan, row, query, key, value, d_output, lse, delta)
     all_q, all_k, all_v, all_do, all_lse, all_delta = rows
-    zeros = [jnp.zeros(x.shape, f32) for x in (all_k, all_v)]
 
     def query_step(carry, number):
       start, done = _block(number, plan.tiles.queries, plan.num_query)
@@ -322,9 +314,9 @@ def _attention_bwd(plan, saved, d_output):
         used, d_logits, d_products = _tile_gradients(
           plan, call, q, k, v, d_out, own_lse, own_delta, tile
         )
-        at_keys = (0, at, 0, 0)
-        dk = batching.add_block(dk, _sum_queries(d_products, q_t), at_keys)
-        dv = batching.add_block(dv, _sum_queries(used, d_out_t), at_keys)
+        d_block = call.scale * _sum_queries(d_products, q_t)
+        dk = batching.add_block(dk, d_block, (0, at))
+        dv = batching.add_block(dv, _sum_queries(used, d_out_t), (0, at))
         if call.bias is not None:
           flat = d_logits.reshape(len(d_logits), -1, *d_logits.shape[3:])
           d_bias = call.bias.add_gradient(
@@ -332,26 +324,30 @@ def _attention_bwd(plan, saved, d_output):
           )
         return dq + _product(d_products, k), (dk, dv, d_bias)
 
-      dq, carry = _fold_keys(plan, key_step, number, (0.0, carry))
-      return carry, jnp.moveaxis(dq, 3, 1)
+      dq, *carry = carry
+      d_block, carry = _fold_keys(plan, key_step, number, (0.0, carry))
+      d_block = _query_block(call.scale * d_block, dq.dtype)
+      return batching.add_block(dq, d_block, (row, start)), *carry
 
-    (dk, dv, carry), dq = _scan(query_step, (*zeros, carry), blocks)
-    return carry, (
-      (_join(plan, dq) * call.scale).astype(query.dtype),
-      (dk * call.scale).astype(key.dtype),
-      dv.astype(value.dtype),
+    dq, dk, dv, d_bias = carry
+    zeros = [jnp.zeros(x.shape, f32) for x in (all_k, all_v)]
+    blocks = range(len(plan.ranges))
+    dq, *d_row, d_bias = _fold(query_step, (dq, *zeros, d_bias), blocks)
+    dk, dv = (
+      batching.put_block(whole, x.astype(whole.dtype), (row,))
+      for whole, x in zip((dk, dv), d_row, strict=True)
     )
+    return dq, dk, dv, d_bias
 
+  zeros = [jnp.zeros_like(x) for x in (query, key, value)]
   d_bias = None if call.bias is None else call.bias.zero_gradient()
-  d_bias, grads = _scan(row_step, d_bias, plan.row_starts)
-  dq, dk, dv = map(_join_rows, grads)
+  dq, dk, dv, d_bias = _fold(row_step, (*zeros, d_bias), plan.row_starts)
   if call.bias is not None:
     d_bias = call.bias.finish_gradient(d_bias)
   d_sinks = None
   if call.sinks is not None:
-    sinks = call.sinks.astype(f32).reshape(lse.shape[2:])
-    d_sinks = -(jnp.exp(sinks - lse) * delta).sum((0, 1))
-    d_sinks = d_sinks.reshape(call.sinks.shape).astype(call.sinks.dtype)
+    d_sinks = -(jnp.exp(call.sinks.astype(f32) - lse) * delta).sum((0, 1))
+    d_sinks = d_sinks.astype(call.sinks.dtype)
   d_call = dataclasses.replace(
     call, bias=d_bias, sinks=d_sinks, mask=None, dropout=None
   )
