@@ -47,7 +47,7 @@ def attention(query, key, value, call: Call, tiles: Tiles | None = None):
     num_key,
     num_groups,
     tiles,
-    _ranges(call, num_query, num_key, tiles),
+    _ranges(call.mask, num_query, num_key, tiles),
   )
   output = _attention(plan, query, key, value, call)
   return output.reshape(*batch, num_query, num_heads, value_size)
@@ -62,25 +62,36 @@ class _Plan:
   num_key: int
   num_groups: int
   tiles: Tiles
-  ranges: tuple  # for each block of queries, (first, last + 1) block of keys
+  ranges: tuple  # of blocks of keys, for each block of queries: see _ranges
 
   @property
   def row_starts(self):
     return np.arange(0, math.prod(self.batch), self.tiles.rows, dtype=np.int32)
 
 
-def _ranges(call, num_query, num_key, tiles):
-  low, high = call.mask.diagonals() if call.mask is not None else (None, None)
-  count = -(-num_key // tiles.keys)
+def _ranges(mask, num_query, num_key, tiles):
+  """Which blocks of keys each block of queries meets.
+
+  Returns:
+    For each block of queries four numbers of blocks of keys: some queries see
+    some keys of those from the first up to the last; all queries see all keys
+    of those from the second up to the third.
+  """
+  low, high = (None, None) if mask is None else mask.diagonals()
+  is_exact = mask is None or mask.is_band
+  low = -num_query if low is None else low
+  high = num_key if high is None else high
+  size, count = tiles.keys, -(-num_key // tiles.keys)
   ranges = []
   for block in range(-(-num_query // tiles.queries)):
-    start = min(block * tiles.queries, num_query - tiles.queries)
-    first = 0 if low is None else max(0, (start + low) // tiles.keys)
-    last = start + tiles.queries - 1 + (num_key if high is None else high)
-    last = min(count, last // tiles.keys + 1)
-    # A block that sees nothing computes one all the same, for its zeros.
-    first = min(first, count - 1)
-    ranges.append((first, max(last, first + 1)))
+    top = min(block * tiles.queries, num_query - tiles.queries)
+    bottom = top + tiles.queries - 1
+    first = min(max(0, (top + low) // size), count)
+    last = max(first, min(count, (bottom + high) // size + 1))
+    whole = min(max(first, -(-(bottom + low) // size)), last)
+    whole_last = min((top + high + 1) // size, num_key // size, last)
+    whole_last = max(whole, whole_last) if is_exact else whole
+    ranges.append((first, whole, whole_last, last))
   return tuple(ranges)
 
 
@@ -96,11 +107,12 @@ class _Tile:
   query: object
   key: object
   key_done: object  # keys below it belong to the block before; None: none
+  is_whole: bool  # all queries see all keys
 
 
 def _block(number, size, length):
   """Start of a block, and below which positions it repeats the one before."""
-  if isinstance(number, int) or length % size == 0:
+  if length % size == 0:
     return number * size, None
   return jnp.minimum(number * size, length - size), number * size
 
@@ -111,9 +123,7 @@ def _take_queries(plan, start, *arrays):
     batching.take_block(x, start, plan.tiles.queries, 1).swapaxes(1, 2)
     for x in arrays
   )
-  return [
-    x.reshape(len(x), plan.num_groups, -1, *x.shape[2:]) for x in blocks
-  ]
+  return [x.reshape(len(x), plan.num_groups, -1, *x.shape[2:]) for x in blocks]
 
 
 def _query_block(x, dtype):
@@ -146,6 +156,8 @@ def _logits(plan, call, query, key, tile):
     y = y + _per_head(
       call.bias.tile(plan.batch, tile.row, r, tile.query, q, tile.key, k), g
     )
+  if tile.is_whole:
+    return y, capped
   seen = None
   if call.mask is not None:
     seen = call.mask.rows(plan.batch, tile.row, r)
@@ -187,19 +199,15 @@ def _product(weights, value):
 
 def _absorb(plan, call, carry, query, key, value, tile):
   """Adds a tile of keys to a running softmax (top, total, sum of values)."""
+  old_top, total, values = carry
   logits, _ = _logits(plan, call, query, key, tile)
-  top = logits.max(-1)
-  if carry is not None:
-    top = jnp.maximum(top, carry[0])
+  top = jnp.maximum(old_top, logits.max(-1))
+  shrink = jnp.exp(old_top - top)
   exp = jnp.exp(logits - top[..., None])
-  total = exp.sum(-1)
+  total = total * shrink + exp.sum(-1)
   if call.dropout is not None:
     exp = exp * _dropped(plan, call, exp.shape, tile)
-  values = _product(exp, value)
-  if carry is not None:
-    shrink = jnp.exp(carry[0] - top)
-    total = total + carry[1] * shrink
-    values = values + carry[2] * shrink[..., None]
+  values = values * shrink[..., None] + _product(exp, value)
   return top, total, values
 
 
@@ -214,16 +222,18 @@ def _finish(call, top, total, values):
   return values * jnp.exp(top - lse)[..., None], lse
 
 
-def _fold_keys(plan, step, block, init):
-  """Folds step(key block, carry) over the blocks of keys that are seen.
-
-  The first step gives the carry its shape, whatever `init` is.
-  """
-  firsts, lasts = np.array(plan.ranges, np.int32).T
-  if len(plan.ranges) == 1 and lasts[0] - firsts[0] == 1:
-    return step(int(firsts[0]), init)
-  first, last = jnp.asarray(firsts)[block], jnp.asarray(lasts)[block]
-  return lax.fori_loop(first + 1, last, step, step(first, init))
+def _fold_keys(plan, step, block, carry):
+  """Folds step(is_whole, key block, carry) over the blocks that are seen."""
+  bounds = np.array(plan.ranges, np.int32).T
+  for i, is_whole in enumerate((False, True, False)):
+    first, last = bounds[i : i + 2]
+    if len(first) == 1 and last - first == 1:
+      carry = step(is_whole, int(first[0]), carry)
+    elif (first < last).any():
+      first, last = jnp.asarray(first)[block], jnp.asarray(last)[block]
+      fold = functools.partial(step, is_whole)
+      carry = lax.fori_loop(first, last, fold, carry)
+  return carry
 
 
 def _fold(step, carry, starts):
@@ -253,13 +263,16 @@ def _forward(plan, query, key, value, call):
       start, _ = _block(number, plan.tiles.queries, plan.num_query)
       (q,) = _take_queries(plan, start, rows[0])
 
-      def key_step(number, carry):
+      def key_step(is_whole, number, carry):
         at, key_done = _block(number, plan.tiles.keys, plan.num_key)
         k, v = _take_keys(plan, at, *rows[1:])
-        tile = _Tile(row, start, at, key_done)
+        tile = _Tile(row, start, at, key_done, is_whole)
         return _absorb(plan, call, carry, q, k, v, tile)
 
-      blocks = _finish(call, *_fold_keys(plan, key_step, number, None))
+      top = jnp.full(q.shape[:-1], _MASKED)
+      nothing = jnp.zeros((*top.shape, value.shape[-1]))
+      softmax = (top, jnp.zeros_like(top), nothing)
+      blocks = _finish(call, *_fold_keys(plan, key_step, number, softmax))
       # What a ragged end computes twice is the same twice.
       return tuple(
         batching.put_block(whole, _query_block(x, whole.dtype), (row, start))
@@ -306,11 +319,11 @@ def _attention_bwd(plan, saved, d_output):
         fresh = start + jnp.arange(plan.tiles.queries) >= done
         own_lse = jnp.where(fresh, own_lse, jnp.inf)
 
-      def key_step(number, carry):
-        dq, (dk, dv, d_bias) = carry
+      def key_step(is_whole, number, carry):
+        dq, dk, dv, d_bias = carry
         at, key_done = _block(number, plan.tiles.keys, plan.num_key)
         k, v = _take_keys(plan, at, all_k, all_v)
-        tile = _Tile(row, start, at, key_done)
+        tile = _Tile(row, start, at, key_done, is_whole)
         used, d_logits, d_products = _tile_gradients(
           plan, call, q, k, v, d_out, own_lse, own_delta, tile
         )
@@ -322,10 +335,11 @@ def _attention_bwd(plan, saved, d_output):
           d_bias = call.bias.add_gradient(
             d_bias, flat, plan.batch, row, start, at
           )
-        return dq + _product(d_products, k), (dk, dv, d_bias)
+        return dq + _product(d_products, k), dk, dv, d_bias
 
       dq, *carry = carry
-      d_block, carry = _fold_keys(plan, key_step, number, (0.0, carry))
+      carry = (jnp.zeros(q.shape, f32), *carry)
+      d_block, *carry = _fold_keys(plan, key_step, number, carry)
       d_block = _query_block(call.scale * d_block, dq.dtype)
       return batching.add_block(dq, d_block, (row, start)), *carry
 

@@ -257,6 +257,16 @@ class Mask:
       min((high for high in highs if high is not None), default=None),
     )
 
+  @property
+  def is_band(self) -> bool:
+    """Whether all keys within the static diagonals are seen."""
+    return all(
+      isinstance(c, _Band)
+      and isinstance(c.low, int | None)
+      and isinstance(c.high, int | None)
+      for c in self.conditions
+    )
+
   def arrays(self):
     """The dense arrays in it, whose shapes the caller checks."""
     return [c.array for c in self.conditions if isinstance(c, _Dense)]

@@ -243,12 +243,40 @@ def test_blocks_that_the_mask_rules_out_are_not_computed():
     arguments = jax.eval_shape(lambda x: check(x, x, x, mask=mask), x)
     call = arguments[-1]
     tiles = blocks.Tiles(1, 256, 256)
-    ranges = blocks._ranges(call, 4096, 4096, tiles)
-    return sum(last - first for first, last in ranges)
+    ranges = blocks._ranges(call.mask, 4096, 4096, tiles)
+    return sum(last - first for first, *_, last in ranges)
 
   assert flops(None) == 256
   assert flops(Mask.causal()) == 136
   assert flops(Mask.causal() & Mask.window(left=255)) == 31
+
+
+@pytest.mark.parametrize(
+  'mask',
+  [
+    Mask.causal(),
+    Mask.causal(-3),
+    Mask.window(left=9, right=4),
+    Mask.window(left=-2) & Mask.causal(30),
+    Mask.causal() & Mask.lengths(key_lengths=np.array([11])),
+    Mask.causal() & Mask.window(left=np.array([6])),
+    Mask.prefix(8),
+  ],
+)
+@pytest.mark.parametrize('sizes', [(37, 37), (17, 41), (41, 17)])
+def test_blocks_called_whole_are_and_those_passed_over_are_empty(mask, sizes):
+  seen = np.broadcast_to(mask.to_array(*sizes), (1, 1, *sizes))[0, 0]
+  ranges = blocks._ranges(mask, *sizes, blocks.Tiles(1, 7, 5))
+  for i, (first, whole, whole_last, last) in enumerate(ranges):
+    start = min(7 * i, sizes[0] - 7)
+    rows = seen[start : start + 7]
+    assert 0 <= first <= whole <= whole_last <= last
+    assert not rows[:, : first * 5].any()
+    assert not rows[:, last * 5 :].any()
+    assert rows[:, whole * 5 : whole_last * 5].all()
+    assert whole == whole_last or whole_last * 5 <= sizes[1]
+  is_band = isinstance(mask.diagonals()[1], int) and mask.is_band
+  assert is_band == any(whole < last for _, whole, last, _ in ranges)
 
 
 def test_a_new_mask_of_the_same_kind_does_not_recompile():
