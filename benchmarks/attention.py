@@ -219,20 +219,17 @@ def add_rows(table, work, is_gradient, times, memory, base):
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument(
-    'works',
-    nargs='*',
-    choices=[[], *_ALL],
-    metavar='WORK',
-    default=_DEFAULT,
-    help=', '.join(_ALL),
-  )
+  parser.add_argument('works', nargs='*', help=', '.join(_ALL))
   parser.add_argument('--rounds', type=int, default=9)
   arguments = parser.parse_args()
+  works = arguments.works or _DEFAULT
+  unknown = sorted({*works} - {*_ALL})
+  if unknown:
+    parser.error(f'no such work: {", ".join(unknown)}')
   table = Table(
     'work', '', 'peer', 'ms', 'over first', 'temporary MiB', 'over first'
   )
-  for work in arguments.works:
+  for work in works:
     for is_gradient in (False, True):
       if work == 'window':
         compare_lengths(is_gradient, arguments.rounds, table)
