@@ -18,6 +18,7 @@ del sys.path[0]
 import argparse
 import functools
 import statistics
+import tempfile
 import time
 
 import haiku as hk
@@ -30,6 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from attention import decoding, models
+from attention.interop import gpt2
 from attention.models.gpt import window_step
 from attention.ops.cache import Cache
 
@@ -77,42 +79,12 @@ def recomputing(model, params, prompt):
   return write.lower(params, prompt).compile(), (params, prompt)
 
 
-def gpt2(params):
+def peer(params):
   """transformers' GPT-2 with our parameters."""
-  config = transformers.GPT2Config(
-    vocab_size=VOCAB,
-    n_positions=CONTEXT,
-    n_embd=SIZES['model_size'],
-    n_layer=SIZES['num_layers'],
-    n_head=SIZES['num_heads'],
-    bos_token_id=None,
-    eos_token_id=None,
-  )
-  network = transformers.GPT2LMHeadModel(config).eval()
-  arrays = {
-    'transformer.wte.weight': params['gpt/tokens']['embeddings'],
-    'transformer.wpe.weight': params['gpt']['positions'],
-  }
-  norms = {'scale': 'weight', 'offset': 'bias'}
-  linears = {'w': 'weight', 'b': 'bias'}
-  names = {
-    'attention_norm': ('ln_1', norms),
-    'feed_forward_norm': ('ln_2', norms),
-    'attention/qkv': ('attn.c_attn', linears),
-    'attention/linear': ('attn.c_proj', linears),
-    'expand': ('mlp.c_fc', linears),
-    'contract': ('mlp.c_proj', linears),
-  }
-  for i in range(SIZES['num_layers']):
-    for ours, (theirs, leaves) in names.items():
-      for leaf, array in params[f'gpt/block_{i}/{ours}'].items():
-        arrays[f'transformer.h.{i}.{theirs}.{leaves[leaf]}'] = array
-  for leaf, array in params['gpt/final_norm'].items():
-    arrays[f'transformer.ln_f.{norms[leaf]}'] = array
-  state = {k: torch.from_numpy(np.array(v)) for k, v in arrays.items()}
-  state['lm_head.weight'] = state['transformer.wte.weight']
-  network.load_state_dict(state)
-  return network
+  fields = dict(vocab_size=VOCAB, context_size=CONTEXT, **SIZES)
+  with tempfile.TemporaryDirectory() as folder:
+    gpt2.save(folder, fields, params)
+    return transformers.GPT2LMHeadModel.from_pretrained(folder).eval()
 
 
 def generate(network, prompt):
@@ -149,7 +121,7 @@ def main():
   arguments = parser.parse_args()
   model, params = our_model()
   count = sum(p.size for p in jax.tree.leaves(params))
-  network = gpt2(params)
+  network = peer(params)
   console = Console()
   table = Table('batch', '', 'tokens/s', 'time over the first', 'tokens')
   for batch_size in map(int, arguments.batch_sizes.split(',')):

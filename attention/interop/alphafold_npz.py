@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attention.interop.shapes import differences
 from attention.modules.evoformer import EvoformerStack
 
 _SCOPE = ('alphafold', 'alphafold_iteration', 'evoformer')
@@ -100,22 +101,7 @@ def _differences(flat, stack):
     if key.startswith((f'{prefix}/', f'{prefix}//'))
   }
   expected = _expected(found, _STACKS[stack])
-  missing = sorted(expected.keys() - found.keys())
-  surplus = sorted(found.keys() - expected.keys())
-  wrong = [
-    f'{name} expected {expected[name]}, got {found[name]}'
-    for name in sorted(expected.keys() & found.keys())
-    if expected[name] != found[name]
-  ]
-  return [
-    f'{prefix}: {kind} {", ".join(names)}'
-    for kind, names in (
-      ('missing', missing),
-      ('surplus', surplus),
-      ('misshapen:', wrong),
-    )
-    if names
-  ]
+  return [f'{prefix}: {line}' for line in differences(found, expected)]
 
 
 def _expected(found, is_extra):

@@ -1,0 +1,232 @@
+"""GPT-2's published weights (Radford et al. 2019) as a GPT's, and back.
+
+A folder as transformers reads and writes it: `config.json` and safetensors.
+"""
+
+import json
+import os
+import pathlib
+
+import haiku as hk
+import jax
+import numpy as np
+
+from attention.interop.shapes import differences
+from attention.models.gpt import GPT
+
+try:
+  from safetensors import SafetensorError
+  from safetensors import numpy as safetensors
+except ImportError:
+  raise ImportError(
+    "GPT-2's files need safetensors: pip install 'attention[interop]'"
+  ) from None
+
+_FIELDS = {
+  'vocab_size': 'vocab_size',
+  'context_size': 'n_positions',
+  'num_layers': 'n_layer',
+  'num_heads': 'n_head',
+  'model_size': 'n_embd',
+  'with_tied_output': 'tie_word_embeddings',
+}
+# What our GPT computes, whether or not the file says so.
+_FIXED = {
+  'activation_function': 'gelu_new',
+  'layer_norm_epsilon': 1e-5,
+  'scale_attn_weights': True,
+  'scale_attn_by_inverse_layer_idx': False,
+  'add_cross_attention': False,
+}
+_DEFAULTS = {'tie_word_embeddings': True}
+_NORM = {'scale': 'weight', 'offset': 'bias'}
+_LINEAR = {'w': 'weight', 'b': 'bias'}  # Conv1D there: [in, out] too
+_BLOCK = {
+  'attention_norm': ('ln_1', _NORM),
+  'attention/qkv': ('attn.c_attn', _LINEAR),
+  'attention/linear': ('attn.c_proj', _LINEAR),
+  'feed_forward_norm': ('ln_2', _NORM),
+  'expand': ('mlp.c_fc', _LINEAR),
+  'contract': ('mlp.c_proj', _LINEAR),
+}
+_MASKS = ('.attn.bias', '.attn.masked_bias')  # constants in older files
+_OUTPUT = 'lm_head.weight'
+
+
+def load(folder) -> tuple[dict, dict]:
+  """The model in a folder.
+
+  `models.create('gpt', **fields)` inside `hk.transform` has these parameters.
+
+  Args:
+    folder: with `config.json` and `*.safetensors`, in any number of files.
+
+  Returns:
+    (fields, params): of `GPT`; {module: {name: NumPy array}} in the dtypes of
+    the files.
+
+  Raises:
+    FileNotFoundError: one of them isn't there.
+    ValueError: another architecture than GPT-2's (says which key), a file that
+      is damaged, arrays that are missing, surplus or misshapen (lists them).
+  """
+  folder = pathlib.Path(folder)
+  fields = _read_config(folder / 'config.json')
+  found = {}
+  for path in sorted(folder.glob('*.safetensors')):
+    try:
+      arrays = safetensors.load_file(path)
+    except SafetensorError as error:
+      raise ValueError(f'{path}: not safetensors: {error}') from None
+    found |= {k.removeprefix('transformer.'): a for k, a in arrays.items()}
+  if not found:
+    raise FileNotFoundError(
+      f'{folder}: expected *.safetensors; weights in another format can be '
+      'converted by save_pretrained of transformers'
+    )
+  found = {k: a for k, a in found.items() if not k.endswith(_MASKS)}
+  if fields['with_tied_output']:
+    found.pop(_OUTPUT, None)  # some files repeat the table
+  shapes, names = _shapes(fields), _names(fields)
+  wrong = differences(
+    {key: _turned(key, array).shape for key, array in found.items()},
+    {names[at]: shape for at, shape in shapes.items()},
+  )
+  if wrong:
+    raise ValueError(f'{folder}: {"; ".join(wrong)}')
+  params = {}
+  for (module, leaf), key in names.items():
+    params.setdefault(module, {})[leaf] = _turned(key, found[key])
+  return fields, params
+
+
+def save(folder, fields: dict, params: dict) -> None:
+  """Writes a GPT as transformers' `GPT2LMHeadModel.from_pretrained` reads it.
+
+  Args:
+    folder: made if it isn't there; files of these names are replaced.
+    fields: of `GPT`, as `config.model` of a run or `load` gives them, with
+      vocab_size.
+    params: {module: {name: array}}, the module named 'gpt'.
+
+  Raises:
+    ValueError: a mixer that GPT-2 doesn't have, or parameters that aren't those
+      of such a GPT (lists them).
+  """
+  if fields.get('mixer', 'attention') != 'attention':
+    raise ValueError(
+      f"mixer: GPT-2 has 'attention' only, got {fields['mixer']!r}"
+    )
+  fields = {'with_tied_output': True} | dict(fields)
+  missing = sorted(_FIELDS.keys() - fields.keys())
+  if missing:
+    raise ValueError(f'fields: missing {", ".join(missing)}')
+  fields = {field: fields[field] for field in _FIELDS}
+  flat = {
+    (module, name): np.asarray(array)
+    for module, name, array in hk.data_structures.traverse(_fused(params))
+  }
+  shapes, names = _shapes(fields), _names(fields)
+  wrong = differences(
+    {'//'.join(at): array.shape for at, array in flat.items()},
+    {'//'.join(at): shape for at, shape in shapes.items()},
+  )
+  if wrong:
+    raise ValueError(f'params: {"; ".join(wrong)}')
+  arrays = {
+    key if key == _OUTPUT else f'transformer.{key}': np.ascontiguousarray(
+      _turned(key, flat[at])
+    )
+    for at, key in names.items()
+  }
+  config = {theirs: fields[ours] for ours, theirs in _FIELDS.items()}
+  config |= _FIXED | {
+    'model_type': 'gpt2',
+    'architectures': ['GPT2LMHeadModel'],
+    'bos_token_id': None,
+    'eos_token_id': None,
+  }
+  folder = pathlib.Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  for name, write in {
+    'model.safetensors': lambda path: safetensors.save_file(
+      arrays, path, metadata={'format': 'pt'}
+    ),
+    'config.json': lambda path: path.write_text(json.dumps(config, indent=2)),
+  }.items():
+    part = folder / f'{name}.part'
+    write(part)
+    os.replace(part, folder / name)
+
+
+def _read_config(path):
+  try:
+    config = json.loads(path.read_text())
+  except json.JSONDecodeError as error:
+    raise ValueError(f'{path}: not JSON: {error}') from None
+  config = _DEFAULTS | config
+  if config.get('model_type') != 'gpt2':
+    raise ValueError(
+      f"{path}: model_type: expected 'gpt2', got {config.get('model_type')!r}"
+    )
+  fixed = _FIXED | {'n_inner': 4 * config.get('n_embd', 0)}
+  for key, value in fixed.items():
+    if config.get(key) not in (None, value):
+      raise ValueError(
+        f'{path}: {key}: a GPT has {value!r}, got {config[key]!r}'
+      )
+  missing = sorted(set(_FIELDS.values()) - config.keys())
+  if missing:
+    raise ValueError(f'{path}: missing {", ".join(missing)}')
+  return {ours: config[theirs] for ours, theirs in _FIELDS.items()}
+
+
+def _shapes(fields):
+  """{(module, name): shape} of a GPT's parameters."""
+  model = hk.transform(lambda tokens: GPT(**fields)(tokens))
+  tokens = jax.ShapeDtypeStruct((1, 1), np.int32)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)
+  return {
+    (module, name): array.shape
+    for module, name, array in hk.data_structures.traverse(shapes)
+  }
+
+
+def _names(fields):
+  """{(module, name): key of GPT-2}."""
+  modules = {'gpt/final_norm': ('ln_f', _NORM)} | {
+    f'gpt/block_{i}/{ours}': (f'h.{i}.{theirs}', leaves)
+    for i in range(fields['num_layers'])
+    for ours, (theirs, leaves) in _BLOCK.items()
+  }
+  names = {
+    ('gpt/tokens', 'embeddings'): 'wte.weight',
+    ('gpt', 'positions'): 'wpe.weight',
+  } | {
+    (module, ours): f'{theirs}.{leaf}'
+    for module, (theirs, leaves) in modules.items()
+    for ours, leaf in leaves.items()
+  }
+  if not fields['with_tied_output']:
+    names['gpt/output', 'w'] = _OUTPUT
+  return names
+
+
+def _turned(key, array):
+  """The one matrix that GPT-2 holds as [out, in]."""
+  return array.T if key == _OUTPUT else array
+
+
+def _fused(params):
+  """Parameters with each block's query, key and value as one `qkv`."""
+  params = dict(params)
+  for module in [m for m in params if m.endswith('/attention/query')]:
+    parts = [
+      params.pop(module.removesuffix('query') + p)
+      for p in ('query', 'key', 'value')
+    ]
+    params[module.removesuffix('query') + 'qkv'] = {
+      leaf: np.concatenate([part[leaf] for part in parts], axis=-1)
+      for leaf in parts[0]
+    }
+  return params

@@ -1,0 +1,168 @@
+"""GPT-2's files: read, checked, written; the same logits."""
+
+import json
+import pathlib
+import shutil
+
+import haiku as hk
+import jax
+import numpy as np
+import pytest
+from safetensors import numpy as safetensors
+
+from attention import models
+from attention.interop import gpt2
+
+_GOLDEN = pathlib.Path(__file__).parent.parent / 'golden' / 'gpt2'
+
+
+def _logits(fields, params, tokens):
+  model = hk.without_apply_rng(
+    hk.transform(lambda t: models.create('gpt', **fields)(t))
+  )
+  return jax.jit(model.apply)(params, tokens)
+
+
+@pytest.fixture
+def folder(tmp_path):
+  shutil.copytree(_GOLDEN, tmp_path, dirs_exist_ok=True)
+  return tmp_path
+
+
+def _change(folder, change):
+  arrays = safetensors.load_file(folder / 'model.safetensors')
+  change(arrays)
+  safetensors.save_file(arrays, folder / 'model.safetensors')
+
+
+def _configure(folder, **keys):
+  path = folder / 'config.json'
+  path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+
+
+def test_loaded_weights_give_the_logits_that_transformers_recorded(
+  assert_close,
+):
+  recorded = np.load(_GOLDEN / 'logits.npz')
+  logits = _logits(*gpt2.load(_GOLDEN), recorded['tokens'])
+  assert_close(logits, recorded['logits'])
+
+
+def test_saved_and_loaded_are_the_same_bytes(tmp_path):
+  gpt2.save(tmp_path / 'new', *gpt2.load(_GOLDEN))
+  old, new = (
+    safetensors.load_file(f / 'model.safetensors')
+    for f in (_GOLDEN, tmp_path / 'new')
+  )
+  assert old.keys() == new.keys()
+  assert all(old[k].tobytes() == new[k].tobytes() for k in old)
+
+
+@pytest.mark.parametrize('fused_qkv', [True, False])
+def test_an_untied_gpt_of_ours_survives_saving(
+  tmp_path, fused_qkv, assert_close
+):
+  fields = dict(
+    vocab_size=11,
+    context_size=7,
+    num_layers=2,
+    num_heads=3,
+    model_size=6,
+    with_tied_output=False,
+    fused_qkv=fused_qkv,
+  )
+  tokens = np.array([[1, 5, 10]])
+  model = hk.transform(lambda t: models.create('gpt', **fields)(t))
+  params = model.init(jax.random.key(0), tokens)
+  gpt2.save(tmp_path, fields, params)
+  loaded, again = gpt2.load(tmp_path)
+  assert not loaded['with_tied_output']
+  expected = _logits(fields, params, tokens)
+  assert_close(_logits(loaded, again, tokens), expected)
+
+
+def test_parts_constants_and_bare_names_of_published_files_are_read(folder):
+  _, expected = gpt2.load(folder)
+  arrays = safetensors.load_file(folder / 'model.safetensors')
+  bare = {k.removeprefix('transformer.'): a for k, a in arrays.items()}
+  bare['h.0.attn.bias'] = np.ones((1, 1, 7, 7), np.float32)
+  bare['lm_head.weight'] = bare['wte.weight'].copy()
+  (folder / 'model.safetensors').unlink()
+  names = sorted(bare)
+  for number, part in enumerate((names[::2], names[1::2])):
+    safetensors.save_file(
+      {k: bare[k] for k in part}, folder / f'part-{number}.safetensors'
+    )
+  jax.tree.map(np.testing.assert_array_equal, gpt2.load(folder)[1], expected)
+
+
+def test_arrays_that_do_not_fit_are_all_listed(folder):
+  def change(arrays):
+    del arrays['transformer.wpe.weight']
+    arrays['transformer.h.7.ln_1.bias'] = np.zeros(3, np.float32)
+    arrays['transformer.ln_f.bias'] = np.zeros(5, np.float32)
+
+  _change(folder, change)
+  with pytest.raises(ValueError) as error:
+    gpt2.load(folder)
+  assert str(error.value) == (
+    f'{folder}: missing wpe.weight; surplus h.7.ln_1.bias; '
+    'misshapen: ln_f.bias expected (12,), got (5,)'
+  )
+
+
+@pytest.mark.parametrize(
+  ('keys', 'message'),
+  [
+    (dict(activation_function='relu'), "a GPT has 'gelu_new', got 'relu'"),
+    (dict(layer_norm_epsilon=1e-6), 'layer_norm_epsilon'),
+    (dict(n_inner=13), 'n_inner: a GPT has 48, got 13'),
+    (dict(scale_attn_by_inverse_layer_idx=True), 'scale_attn_by'),
+    (dict(model_type='llama'), "model_type: expected 'gpt2', got 'llama'"),
+  ],
+)
+def test_what_a_gpt_cannot_compute_is_refused_by_its_key(folder, keys, message):
+  _configure(folder, **keys)
+  with pytest.raises(ValueError, match=message):
+    gpt2.load(folder)
+
+
+def test_missing_and_damaged_files_are_named(folder):
+  path = folder / 'model.safetensors'
+  path.write_bytes(path.read_bytes()[:99])
+  with pytest.raises(ValueError, match=f'{path}: not safetensors'):
+    gpt2.load(folder)
+  path.unlink()
+  with pytest.raises(FileNotFoundError, match=r'expected \*.safetensors'):
+    gpt2.load(folder)
+  (folder / 'config.json').write_text('{')
+  with pytest.raises(ValueError, match='config.json: not JSON'):
+    gpt2.load(folder)
+  (folder / 'config.json').write_text('{"model_type": "gpt2", "n_layer": 2}')
+  with pytest.raises(ValueError, match='missing n_embd, n_head, n_positions'):
+    gpt2.load(folder)
+
+
+def test_what_is_no_gpt2_is_not_saved(tmp_path):
+  fields, params = gpt2.load(_GOLDEN)
+  with pytest.raises(ValueError, match="'attention' only, got 'lstm'"):
+    gpt2.save(tmp_path, fields | {'mixer': 'lstm'}, params)
+  with pytest.raises(ValueError, match='params: surplus gpt/block_1/'):
+    gpt2.save(tmp_path, fields | {'num_layers': 1}, params)
+  del fields['vocab_size']
+  with pytest.raises(ValueError, match='fields: missing vocab_size'):
+    gpt2.save(tmp_path, fields, params)
+  assert not list(tmp_path.iterdir())
+
+
+def test_transformers_reads_what_is_saved(tmp_path, assert_close):
+  transformers = pytest.importorskip('transformers')
+  torch = pytest.importorskip('torch')
+  fields, params = gpt2.load(_GOLDEN)
+  params = jax.tree.map(lambda p: p * 1.5, params)
+  gpt2.save(tmp_path, fields, params)
+  network = transformers.GPT2LMHeadModel.from_pretrained(tmp_path).eval()
+  tokens = np.array([[3, 1, 4, 1, 5]])
+  with torch.inference_mode():
+    expected = network(torch.from_numpy(tokens)).logits.numpy()
+  assert_close(_logits(fields, params, tokens), expected)
