@@ -14,8 +14,14 @@ import jax.numpy as jnp
 import attention
 from attention import plots
 from attention.data import translation
-from attention.training import answering, flags, inspection, records, tasks
-from attention.training.checkpoints import Checkpoints, abstract
+from attention.training import (
+  answering,
+  flags,
+  inspection,
+  records,
+  tasks,
+  trained,
+)
 from attention.training.main import complain, set_up_jax
 
 _STRATEGIES = ('temperature', 'top_k', 'top_p', 'min_p', 'repetition_penalty')
@@ -40,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def sample(arguments) -> int:
   """Prints the prompt and what a run's model writes after it, as it comes."""
-  _, task, params = _open(arguments, 'language')
+  task, params = _open(arguments, 'language')
   for text in task.stream(
     params,
     arguments.prompt,
@@ -55,7 +61,7 @@ def sample(arguments) -> int:
 
 def translate(arguments) -> int:
   """Reads lines, and prints the answers of a run's model, one a line."""
-  _, task, params = _open(arguments, 'translation')
+  task, params = _open(arguments, 'translation')
   num_refused = answering.answer_lines(
     task,
     params,
@@ -71,9 +77,10 @@ def evaluate(arguments) -> int:
   """Measures a run's model on what its config holds out, or on given files."""
   files = arguments.source, arguments.target
   if files == (None, None):
+    set_up_jax()
     config = records.load_config(pathlib.Path(arguments.workdir))
     task = tasks.create(config)
-    _, _, params = _open(arguments, config.task)
+    params = trained.params(arguments.workdir, task)
     if config.task != 'translation':
       for name, value in task.evaluate(params, jax.device_put).items():
         print(f'{name} {value:.4f}')
@@ -83,7 +90,7 @@ def evaluate(arguments) -> int:
     if None in files:
       raise ValueError('--source and --target: expected both, or neither')
     parts = {arguments.source: translation.read_pairs(*files)}
-    _, task, params = _open(arguments, 'translation')
+    task, params = _open(arguments, 'translation')
   for name, (sources, targets) in parts.items():
     for number, reason in task.refusals(sources).items():
       print(f'{name}: line {number + 1}: {reason}', file=sys.stderr)
@@ -96,13 +103,11 @@ def evaluate(arguments) -> int:
 def plot(arguments) -> int:
   """Draws what a run's model attends to in a text, as pictures and a page."""
   workdir = pathlib.Path(arguments.workdir)
-  config = records.load_config(workdir)
-  set_up_jax()
-  task = tasks.load(config, workdir)
+  task, params = _open(arguments)
   if not hasattr(task, 'patterns'):
-    raise ValueError(f'{workdir}: a run of {config.task!r} reads no text')
+    raise ValueError(f'{workdir}: its task reads no text')
   found = task.patterns(
-    _restore_params(workdir, task),
+    params,
     arguments.text,
     layers=_numbers_or_names(arguments.layers),
     heads=_numbers(arguments.heads),
@@ -172,32 +177,10 @@ def _numbers(words: str | None):
     ) from None
 
 
-def _open(arguments, kind):
-  """A run's config, task without data, and parameters."""
-  workdir = pathlib.Path(arguments.workdir)
-  config = records.load_config(workdir)
-  if config.task != kind:
-    raise ValueError(
-      f'{workdir}: holds a run of task {config.task!r}; '
-      f'{arguments.command} expects one of {kind!r}'
-    )
+def _open(arguments, kind=None):
+  """A run's task without data, and its parameters."""
   set_up_jax()
-  task = tasks.load(config, workdir)
-  return config, task, _restore_params(workdir, task)
-
-
-def _restore_params(workdir, task):
-  directory = workdir / 'checkpoints'
-  if not directory.is_dir():
-    raise ValueError(f'{workdir}: no checkpoint yet; train it further first')
-  checkpoints = Checkpoints(directory)
-  step = checkpoints.latest_step()
-  if step is None:
-    raise ValueError(f'{workdir}: no checkpoint yet; train it further first')
-  shapes = jax.eval_shape(task.init, jax.random.key(0))
-  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  params = checkpoints.restore(step, {'params': abstract(shapes, device)})
-  return params['params']
+  return trained.load(arguments.workdir, kind)
 
 
 def _parser():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from attention import __main__ as command_line
-from attention.training import answering, loop, metrics, tasks
+from attention.training import answering, loop, metrics, tasks, trained
 from attention.training.flags import load_config
 
 _WORDS = ('rot', 'gelb', 'blau', 'rund', 'eckig')
@@ -73,10 +73,7 @@ class _Lines(io.BytesIO):
 
 
 def _answer(run, content, beam_size=2, is_terminal=False):
-  task, params = command_line._open(
-    command_line._parser().parse_args(['translate', f'--workdir={run}']),
-    'translation',
-  )[1:]
+  task, params = trained.load(run, 'translation')
   output, errors = io.StringIO(), io.StringIO()
   refused = answering.answer_lines(
     task,
@@ -133,7 +130,7 @@ def test_evaluate_prints_loss_and_bleu_with_its_signature(run, pairs, capsys):
   ('words', 'message'),
   [
     (['translate', '--beam_size=1000'], 'beam_size: expected 1 to 2'),
-    (['sample'], "holds a run of task 'translation'; sample expects"),
+    (['sample'], "expected a run of task 'language', got one of"),
     (['evaluate', '--source=x'], '--source and --target: expected both'),
     (['evaluate', '--source=x', '--target=y'], 'x: No such file'),
   ],

@@ -1,0 +1,49 @@
+"""Runs that were trained, opened to be used."""
+
+import pathlib
+
+import jax
+
+from attention.training import records, tasks
+from attention.training.checkpoints import Checkpoints, abstract
+
+
+def load(workdir, kind: str | None = None) -> tuple:
+  """A run's task, without its data, and the parameters trained last.
+
+  Args:
+    workdir: folder of the run.
+    kind: the task that it must be of ('language', …); None: any.
+
+  Returns:
+    (task, params), such as a `Language` and {module: {name: array}}.
+
+  Raises:
+    ValueError: no run there, one of another task, or no checkpoint yet.
+  """
+  workdir = pathlib.Path(workdir)
+  config = records.load_config(workdir)
+  if kind not in (None, config.task):
+    raise ValueError(
+      f'{workdir}: expected a run of task {kind!r}, got one of {config.task!r}'
+    )
+  task = tasks.load(config, workdir)
+  return task, params(workdir, task)
+
+
+def params(workdir, task) -> dict:
+  """The newest parameters of a run whose task is at hand already.
+
+  Raises:
+    ValueError: no checkpoint yet.
+  """
+  directory = pathlib.Path(workdir) / 'checkpoints'
+  checkpoints = Checkpoints(directory) if directory.is_dir() else None
+  step = checkpoints.latest_step() if checkpoints else None
+  if step is None:
+    raise ValueError(f'{workdir}: no checkpoint yet; train it further first')
+  shapes = jax.eval_shape(task.init, jax.random.key(0))
+  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  return checkpoints.restore(step, {'params': abstract(shapes, device)})[
+    'params'
+  ]
