@@ -20,6 +20,7 @@ def _model(**fields):
       *inputs, **more
     )
   )
+  model = hk.Transformed(model.init, jax.jit(model.apply))
   rng = np.random.default_rng(0)
   source = rng.integers(0, V, (B, K))
   if fields.get('source') == 'vectors':

@@ -11,7 +11,7 @@ from attention.models.losses import cross_entropy
 from attention.training import precision
 
 _FIELDS = dict(
-  vocab_size=13, context_size=11, num_layers=3, num_heads=2, model_size=10
+  vocab_size=13, context_size=11, num_layers=2, num_heads=2, model_size=10
 )
 _WAYS = {
   'scan': dict(use_scan=True),

@@ -15,6 +15,9 @@ def _heads(arrays):
   return arrays((B, T, H, D), (B, T, G, D), (B, T, G, E))
 
 
+_attend = jax.jit(dot_product_attention)
+
+
 def _in_pieces(query, key, value, sizes, start=None, **arguments):
   """Attention of all queries, fed some at a time."""
   cache, outputs, at = Cache.create(N, start), [], 0
@@ -23,9 +26,7 @@ def _in_pieces(query, key, value, sizes, start=None, **arguments):
     cache, (k, v, mask, bias) = cache.extend(
       key[:, part], value[:, part], **arguments
     )
-    outputs.append(
-      dot_product_attention(query[:, part], k, v, mask=mask, bias=bias)
-    )
+    outputs.append(_attend(query[:, part], k, v, mask=mask, bias=bias))
     at += size
   assert cache.length == at
   return jnp.concatenate(outputs, axis=1)
@@ -59,7 +60,7 @@ def _whole(case):
 @pytest.mark.parametrize('case', _CASES)
 def test_pieces_are_the_whole(case, arrays, assert_close):
   heads = _heads(arrays)
-  expected = dot_product_attention(*heads, **_whole(case))
+  expected = _attend(*heads, **_whole(case))
   # The prefix must come in one piece, to be seen by all of itself.
   for sizes in ([T], [4, 1, 1, 5], [3, *[1] * (T - 3)]):
     assert_close(_in_pieces(*heads, sizes, **_CASES[case]), expected)
@@ -73,7 +74,7 @@ def test_rows_with_padding_are_as_alone(arrays, assert_close):
       query, key, value, sizes, start, mask=Mask.causal() & Mask.window(left=6)
     )
     for row, first in enumerate(start):
-      alone = dot_product_attention(
+      alone = _attend(
         *(x[row : row + 1, first:] for x in (query, key, value)),
         mask=Mask.causal() & Mask.window(left=6),
       )

@@ -7,19 +7,19 @@ import sys
 
 import pytest
 
-from attention.training import flags
+from attention.training import flags, loop
 
 _ROOT = pathlib.Path(__file__).parents[2]
 
 
-@pytest.fixture
-def text(tmp_path):
-  path = tmp_path / 'text.txt'
+@pytest.fixture(scope='session')
+def text(tmp_path_factory):
+  path = tmp_path_factory.mktemp('text') / 'text.txt'
   path.write_text('the quick brown fox jumps over the lazy dog.\n' * 60)
   return path
 
 
-@pytest.fixture
+@pytest.fixture(scope='session')
 def config(text):
   """config(size='debug', **{'training.steps': 7}): gpt_char on that text."""
 
@@ -31,6 +31,14 @@ def config(text):
     return config
 
   return make
+
+
+@pytest.fixture(scope='session')
+def ended(config, tmp_path_factory):
+  """Workdir of a run of 3 steps that others use too: copy it to change it."""
+  workdir = tmp_path_factory.mktemp('ended') / 'run'
+  loop.train(config(**{'training.steps': 3}), workdir)
+  return workdir
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Runs: they learn, stop, go on to the same bytes, and say so."""
 
 import json
+import shutil
 import signal
 import time
 
@@ -9,7 +10,15 @@ import numpy as np
 import pytest
 
 from attention import __main__ as command_line
-from attention.training import loop, metrics, optimizers, records, step, tasks
+from attention.training import (
+  loop,
+  metrics,
+  optimizers,
+  records,
+  step,
+  tasks,
+  trained,
+)
 from attention.training.checkpoints import Checkpoints, abstract
 
 
@@ -70,27 +79,30 @@ def test_a_run_learns_and_leaves_its_files(config, tmp_path, capsys):
   assert 'step 30/30  loss' in said
 
 
-def test_a_run_that_ended_says_so_and_changes_nothing(config, tmp_path, capsys):
-  settings = config(**{'training.steps': 4})
-  loop.train(settings, tmp_path / 'run')
+def test_a_run_that_ended_says_so_and_changes_nothing(
+  config, ended, tmp_path, capsys
+):
+  shutil.copytree(ended, tmp_path / 'run')
   before = (tmp_path / 'run' / 'metrics.jsonl').read_bytes()
   capsys.readouterr()
-  loop.train(settings, tmp_path / 'run')
+  loop.train(config(**{'training.steps': 3}), tmp_path / 'run')
   said = capsys.readouterr().out
-  assert 'ended at step 4' in said
+  assert 'ended at step 3' in said
   assert '--config.training.steps' in said
   assert 'compil' not in said
   assert (tmp_path / 'run' / 'metrics.jsonl').read_bytes() == before
 
 
-def test_more_steps_go_on_and_the_schedule_follows(config, tmp_path, capsys):
-  loop.train(config(**{'training.steps': 10}), tmp_path / 'run')
-  loop.train(config(**{'training.steps': 14}), tmp_path / 'run')
+def test_more_steps_go_on_and_the_schedule_follows(
+  config, ended, tmp_path, capsys
+):
+  shutil.copytree(ended, tmp_path / 'run')
+  loop.train(config(**{'training.steps': 7}), tmp_path / 'run')
   said = capsys.readouterr().out
-  assert 'steps: 10 → 14; the schedule follows' in said
-  assert 'resumed from step 10' in said
+  assert 'steps: 3 → 7; the schedule follows' in said
+  assert 'resumed from step 3' in said
   lines = metrics.read(tmp_path / 'run' / 'metrics.jsonl')
-  assert lines[-1]['step'] == 14
+  assert lines[-1]['step'] == 7
 
 
 def test_the_loss_is_the_models_and_padding_is_not_counted(config, tmp_path):
@@ -196,15 +208,16 @@ def test_metrics_after_the_restored_step_are_removed(tmp_path):
   ]
 
 
-def test_sample_continues_the_prompt(config, tmp_path, capsys):
-  workdir = tmp_path / 'run'
-  loop.train(config(**{'training.steps': 3}), workdir)
+def test_sample_continues_the_prompt(ended, capsys):
   capsys.readouterr()
-  words = ['sample', f'--workdir={workdir}', '--num_tokens=11', '--top_k=3']
+  words = ['sample', f'--workdir={ended}', '--num_tokens=11', '--top_k=3']
   assert command_line.main([*words, '--prompt=the lazy']) == 0
   first = capsys.readouterr().out
   assert first.startswith('the lazy')
   assert len(first) == len('the lazy') + 11 + 1
+  task, params = trained.load(ended)
+  options = dict(seed=0, top_k=3, temperature=0.8)
+  assert task.sample(params, 'the lazy', 11, **options) + '\n' == first
   assert command_line.main([*words, '--prompt=the lazy', '--seed=0']) == 0
   assert capsys.readouterr().out == first
   # A prompt longer than the context: its end is what counts.
@@ -214,12 +227,12 @@ def test_sample_continues_the_prompt(config, tmp_path, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_sample_needs_a_run_with_a_checkpoint(config, tmp_path, capsys):
+def test_sample_needs_a_run_with_a_checkpoint(ended, tmp_path, capsys):
   words = ['sample', f'--workdir={tmp_path / "run"}']
   assert command_line.main(words) == 2
   assert 'no run here' in capsys.readouterr().err
-  loop.train(config(**{'training.steps': 1}), tmp_path / 'run')
-  (tmp_path / 'run' / 'checkpoints').rename(tmp_path / 'elsewhere')
+  shutil.copytree(ended, tmp_path / 'run')
+  shutil.rmtree(tmp_path / 'run' / 'checkpoints')
   capsys.readouterr()
   assert command_line.main(words) == 2
   error = capsys.readouterr().err

@@ -1,13 +1,11 @@
 """python -m attention plot."""
 
 import attention.__main__ as command_line
-from attention.training import loop
 
 
-def test_a_run_draws_what_it_attends_to(config, tmp_path, capsys):
-  loop.train(config(**{'training.steps': 1}), tmp_path)
+def test_a_run_draws_what_it_attends_to(ended, tmp_path, capsys):
   capsys.readouterr()
-  words = ['plot', f'--workdir={tmp_path}']
+  words = ['plot', f'--workdir={ended}']
   for name, more in (('all', []), ('some', ['--layers=1', '--heads=1'])):
     out = tmp_path / name
     more = [*more, f'--out={out}', '--text=the lazy']
