@@ -17,12 +17,8 @@ from attention.ops.mapping import map_rows
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
-class MSARowAttentionWithPairBias(hk.Module):
-  """Attention along each row of the alignment (Suppl. Alg. 7).
-
-  Parameters: `query_norm`, `feat_2d_norm`, `feat_2d_weights` (a, h),
-  `attention` (see `GatedAttention`).
-  """
+class _AxialAttention(hk.Module):
+  """What attention along an axis of [r, t, a] has, whatever the axis."""
 
   num_head: int = 8
   key_size: int | None = None  # channels a head; width / num_head by default
@@ -32,6 +28,66 @@ class MSARowAttentionWithPairBias(hk.Module):
   implementation: str | None = None  # see dot_product_attention
   remat: bool = True
   name: str | None = None
+
+  @hk.transparent
+  def _attend(self, act, mask, query_norm, bias=None, *, axis, kind):
+    """Each row (or column, axis 1) attends to itself: [r, t, a] → [r, t, a]."""
+    attention = kind(
+      num_head=self.num_head,
+      key_size=self.key_size,
+      value_size=self.value_size,
+      gating=self.gating,
+      zero_init=self.zero_init,
+      implementation=self.implementation,
+      name='attention',
+    )
+    weights = attention.weights(act, act)
+
+    def rows(shared, x, mask):
+      query_norm, weights, bias = shared
+      x, mask = (jnp.moveaxis(y, axis, 0) for y in (x, mask))
+      x = query_norm(x)
+      if kind is GlobalAttention:
+        update = attention.gated(weights, x, x, mask[..., None])
+      else:
+        update = attention.gated(weights, x, x, mask[:, None, None, :], bias)
+      return jnp.moveaxis(update, 0, axis)
+
+    return map_rows(
+      rows,
+      (query_norm, weights, bias),
+      act,
+      mask,
+      axis=axis,
+      is_whole=not self.remat,
+    )
+
+  @hk.transparent
+  def _pair_bias(self, norm, pair_act, axis=0):
+    """norm(pairs) feat_2d_weights: [q, k, a] → [h, q, k] float32.
+
+    With axis 1 the pairs are [k, q, a].
+    """
+    shape = (pair_act.shape[-1], self.num_head)
+    init = hk.initializers.RandomNormal(stddev=shape[0] ** -0.5)
+    w = hk.get_parameter('feat_2d_weights', shape, pair_act.dtype, init)
+
+    def rows(shared, x):
+      norm, w = shared
+      return jnp.matmul(norm(x), w, preferred_element_type=jnp.float32)
+
+    shared = (norm, w.astype(pair_act.dtype))
+    bias = map_rows(rows, shared, pair_act, is_whole=not self.remat)
+    return bias.transpose(2, axis, 1 - axis)
+
+
+@dataclasses.dataclass(kw_only=True, eq=False)
+class MSARowAttentionWithPairBias(_AxialAttention):
+  """Attention along each row of the alignment (Suppl. Alg. 7).
+
+  Parameters: `query_norm`, `feat_2d_norm`, `feat_2d_weights` (a, h),
+  `attention` (see `GatedAttention`).
+  """
 
   def __call__(self, msa_act, msa_mask, pair_act):
     """The update of the alignment.
@@ -50,50 +106,34 @@ class MSARowAttentionWithPairBias(hk.Module):
     _check(msa_act, msa_mask, 'msa_act', 'msa_mask')
     query_norm = norm('query_norm', msa_act)
     feat_2d_norm = norm('feat_2d_norm', pair_act)
-    bias = _pair_bias(self, feat_2d_norm, pair_act)
-    attention = _attention(self)
-    return _attend_rows(self, attention, query_norm, msa_act, msa_mask, bias)
+    bias = self._pair_bias(feat_2d_norm, pair_act)
+    return self._attend(
+      msa_act, msa_mask, query_norm, bias, axis=0, kind=GatedAttention
+    )
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
-class MSAColumnAttention(hk.Module):
+class MSAColumnAttention(_AxialAttention):
   """Attention along each column of the alignment (Suppl. Alg. 8).
 
   Parameters: `query_norm`, `attention` (see `GatedAttention`).
   """
 
-  num_head: int = 8
-  key_size: int | None = None  # channels a head; width / num_head by default
-  value_size: int | None = None
-  gating: bool = True
-  zero_init: bool = True  # the update starts at 0
-  implementation: str | None = None  # see dot_product_attention
-  remat: bool = True
-  name: str | None = None
-
   def __call__(self, msa_act, msa_mask):
     """The update of the alignment: as `MSARowAttentionWithPairBias`."""
     _check(msa_act, msa_mask, 'msa_act', 'msa_mask')
     query_norm = norm('query_norm', msa_act)
-    attention = _attention(self)
-    return _attend_rows(self, attention, query_norm, msa_act, msa_mask, axis=1)
+    return self._attend(
+      msa_act, msa_mask, query_norm, axis=1, kind=GatedAttention
+    )
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
-class MSAColumnGlobalAttention(hk.Module):
+class MSAColumnGlobalAttention(_AxialAttention):
   """Global attention along each column of the alignment (Suppl. Alg. 19).
 
   Parameters: `query_norm`, `attention` (see `GlobalAttention`).
   """
-
-  num_head: int = 8
-  key_size: int | None = None  # channels a head; width / num_head by default
-  value_size: int | None = None
-  gating: bool = True
-  zero_init: bool = True  # the update starts at 0
-  implementation: str | None = None  # see dot_product_attention
-  remat: bool = True
-  name: str | None = None
 
   def __call__(self, msa_act, msa_mask):
     """The update of the alignment: as `MSARowAttentionWithPairBias`.
@@ -102,12 +142,13 @@ class MSAColumnGlobalAttention(hk.Module):
     """
     _check(msa_act, msa_mask, 'msa_act', 'msa_mask')
     query_norm = norm('query_norm', msa_act)
-    attention = _attention(self, GlobalAttention)
-    return _attend_rows(self, attention, query_norm, msa_act, msa_mask, axis=1)
+    return self._attend(
+      msa_act, msa_mask, query_norm, axis=1, kind=GlobalAttention
+    )
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
-class TriangleAttention(hk.Module):
+class TriangleAttention(_AxialAttention):
   """Attention of pairs around a node (Suppl. Alg. 13 and 14).
 
   Parameters: `query_norm`, `feat_2d_weights` (a, h), `attention` (see
@@ -116,13 +157,6 @@ class TriangleAttention(hk.Module):
 
   orientation: str = 'per_row'  # starting node; 'per_column': ending node
   num_head: int = 4
-  key_size: int | None = None  # channels a head; width / num_head by default
-  value_size: int | None = None
-  gating: bool = True
-  zero_init: bool = True  # the update starts at 0
-  implementation: str | None = None  # see dot_product_attention
-  remat: bool = True
-  name: str | None = None
 
   def __call__(self, pair_act, pair_mask):
     """The update of the pairs.
@@ -146,10 +180,9 @@ class TriangleAttention(hk.Module):
       )
     axis = 0 if self.orientation == 'per_row' else 1
     query_norm = norm('query_norm', pair_act)
-    bias = _pair_bias(self, query_norm, pair_act, axis)
-    attention = _attention(self)
-    return _attend_rows(
-      self, attention, query_norm, pair_act, pair_mask, bias, axis=axis
+    bias = self._pair_bias(query_norm, pair_act, axis)
+    return self._attend(
+      pair_act, pair_mask, query_norm, bias, axis=axis, kind=GatedAttention
     )
 
 
@@ -326,62 +359,6 @@ class TriangleMultiplication(hk.Module):
 
 def _final(module):
   return 0.0 if module.zero_init else 1.0
-
-
-def _attention(module, kind=GatedAttention):
-  return kind(
-    num_head=module.num_head,
-    key_size=module.key_size,
-    value_size=module.value_size,
-    gating=module.gating,
-    zero_init=module.zero_init,
-    implementation=module.implementation,
-    name='attention',
-  )
-
-
-def _attend_rows(
-  module, attention, query_norm, act, mask, bias=None, *, axis=0
-):
-  """Each row (or column, axis 1) attends to itself: [r, t, a] → [r, t, a]."""
-  weights = attention.weights(act, act)
-
-  def rows(shared, x, mask):
-    query_norm, weights, bias = shared
-    x, mask = (jnp.moveaxis(y, axis, 0) for y in (x, mask))
-    x = query_norm(x)
-    if isinstance(attention, GlobalAttention):
-      update = attention.gated(weights, x, x, mask[..., None])
-    else:
-      update = attention.gated(weights, x, x, mask[:, None, None, :], bias)
-    return jnp.moveaxis(update, 0, axis)
-
-  return map_rows(
-    rows,
-    (query_norm, weights, bias),
-    act,
-    mask,
-    axis=axis,
-    is_whole=not module.remat,
-  )
-
-
-def _pair_bias(module, norm, pair_act, axis=0):
-  """norm(pairs) feat_2d_weights: [q, k, a] → [h, q, k] float32.
-
-  With axis 1 the pairs are [k, q, a].
-  """
-  shape = (pair_act.shape[-1], module.num_head)
-  init = hk.initializers.RandomNormal(stddev=shape[0] ** -0.5)
-  w = hk.get_parameter('feat_2d_weights', shape, pair_act.dtype, init)
-
-  def rows(shared, x):
-    norm, w = shared
-    return jnp.matmul(norm(x), w, preferred_element_type=jnp.float32)
-
-  shared = (norm, w.astype(pair_act.dtype))
-  bias = map_rows(rows, shared, pair_act, is_whole=not module.remat)
-  return bias.transpose(2, axis, 1 - axis)
 
 
 def _check(act, mask, act_name, mask_name):

@@ -15,8 +15,8 @@ from jax import lax
 
 from attention.ops import batching
 from attention.ops.call import Call
+from attention.ops.masks import MASKED
 
-_MASKED = -1e30  # added to logits; a row whose best is below half sees nothing
 _TILE_SIZE = 2**19  # logits in a tile: 2 MiB, which caches hold
 
 
@@ -167,7 +167,7 @@ def _logits(plan, call, query, key, tile):
     seen = fresh if seen is None else seen & fresh
   if seen is not None:
     # A sum, which XLA fuses into the exponential's kernel; a select it doesn't.
-    y = y + jnp.where(seen, 0.0, _MASKED)
+    y = y + jnp.where(seen, 0.0, MASKED)
   return y, capped
 
 
@@ -218,7 +218,7 @@ def _finish(call, top, total, values):
     sinks = call.sinks.astype(jnp.float32).reshape(*top.shape[1:3], 1)
     lse = jnp.logaddexp(lse, sinks)
   # Nothing seen: an infinite denominator, so zero weights, here and backwards.
-  lse = jnp.where(top < _MASKED / 2, jnp.inf, lse)
+  lse = jnp.where(top < MASKED / 2, jnp.inf, lse)
   return values * jnp.exp(top - lse)[..., None], lse
 
 
@@ -269,7 +269,7 @@ def _forward(plan, query, key, value, call):
         tile = _Tile(row, start, at, key_done, is_whole)
         return _absorb(plan, call, carry, q, k, v, tile)
 
-      top = jnp.full(q.shape[:-1], _MASKED)
+      top = jnp.full(q.shape[:-1], MASKED)
       nothing = jnp.zeros((*top.shape, value.shape[-1]))
       softmax = (top, jnp.zeros_like(top), nothing)
       blocks = _finish(call, *_fold_keys(plan, key_step, number, softmax))

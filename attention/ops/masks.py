@@ -8,6 +8,10 @@ import numpy as np
 
 from attention.ops.batching import take_block, take_rows
 
+# Added to logits that are masked, where a select would cost more. A finite
+# number, so that a row of nothing else is no NaN: its best is below half of it.
+MASKED = -1e30
+
 
 def _expand(value):
   """Per-batch numbers [*b] get the axes of the logits: [*b, 1, 1, 1]."""

@@ -16,8 +16,8 @@ from jax import lax
 
 from attention.ops import batching
 from attention.ops.call import Call
+from attention.ops.masks import MASKED
 
-_MASKED = -1e30  # added to logits that are masked out
 # Logits in cache at once: XLA on CPU fuses the forward pass into one kernel,
 # which is at its best at 8 MiB; the backward one, of several kernels, at 2 MiB.
 _FORWARD_SIZE, _BACKWARD_SIZE = 2**21, 2**19
@@ -121,7 +121,7 @@ def _softmax(call, batch, row, query, key):
     mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
     seen = mask.any(-1)
     # A sum, which XLA fuses with what comes after; a select it would not.
-    logits = logits + jnp.where(mask, 0.0, _MASKED)
+    logits = logits + jnp.where(mask, 0.0, MASKED)
   top = logits.max(-1)
   if call.sinks is None:
     exp = jnp.exp(logits - top[..., None])
