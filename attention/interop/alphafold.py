@@ -5,6 +5,7 @@ read and write its published parameters.
 """
 
 import contextlib
+import inspect
 import sys
 import types
 
@@ -52,6 +53,8 @@ _DEFAULTS = {
   'zero_init': 'True',
   'deterministic': 'False',
 }
+
+_LEAST_BIAS = -1e3  # what is below it masks
 
 
 def _read(config, key, name='config'):
@@ -109,6 +112,18 @@ class Attention(gated.GatedAttention):
 
   def __call__(self, q_data, m_data, mask, nonbatched_bias=None):
     return super().__call__(q_data, m_data, _seen(mask), nonbatched_bias)
+
+
+class _AttentionWithBias(Attention):
+  """`Attention` as AlphaFold before 2.3.1 and ColabFold's call it.
+
+  In place of the mask comes what masks when added to the logits: 0, or a large
+  negative number.
+  """
+
+  def __call__(self, q_data, m_data, bias, nonbatched_bias=None):
+    is_seen = jnp.asarray(bias) > _LEAST_BIAS
+    return super().__call__(q_data, m_data, is_seen, nonbatched_bias)
 
 
 class GlobalAttention(gated.GlobalAttention):
@@ -339,7 +354,8 @@ _CLASSES = (
 def use_in(modules):
   """AlphaFold's code runs on this library's modules, inside the `with`.
 
-  The classes of this file take the place of those of the same names. Code of
+  The classes of this file take the place of those of the same names, whether
+  `Attention` is called with a mask or, as in ColabFold's, with a bias. Code of
   AlphaFold's package also sees a `jnp` with the names of arguments that JAX has
   dropped (`clip`'s a_min and a_max). All is as before afterwards. JAX's caches
   are cleared on both ways, or functions jitted before would keep the classes
@@ -351,16 +367,17 @@ def use_in(modules):
   Raises:
     ValueError: none of the classes is there.
   """
-  changes = [
-    (modules, cls.__name__, cls)
-    for cls in _CLASSES
-    if hasattr(modules, cls.__name__)
-  ]
-  if not changes:
+  classes = {
+    cls.__name__: cls for cls in _CLASSES if hasattr(modules, cls.__name__)
+  }
+  if not classes:
     raise ValueError(
       "modules: expected AlphaFold's modules.py, imported, got "
       f'{modules!r} without any of its classes'
     )
+  if 'Attention' in classes and _takes_bias(modules.Attention):
+    classes['Attention'] = _AttentionWithBias
+  changes = [(modules, name, cls) for name, cls in classes.items()]
   changes += [(m, 'jnp', _OldNumpy()) for m in _package(modules)]
   before = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]
   try:
@@ -372,6 +389,11 @@ def use_in(modules):
     for owner, name, value in before:
       setattr(owner, name, value)
     jax.clear_caches()
+
+
+def _takes_bias(attention):
+  """Whether it is called with a bias where AlphaFold's newest has a mask."""
+  return 'bias' in inspect.signature(attention.__call__).parameters
 
 
 def _package(modules):
