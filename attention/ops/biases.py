@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from attention.ops import batching
+from attention.ops.softmax import FLOATS
 
 
 class Bias:
@@ -128,10 +129,12 @@ class _Relative(Bias):
   def add_gradient(self, gradient, d_tile, batch, row, query, key):
     d_tile = _sum_rows(d_tile)[0]
     exact = jax.tree.map(lambda x: x.astype(jnp.float32), self)
-    _, vjp = jax.vjp(
+    block, vjp = jax.vjp(
       lambda bias: bias._block(query, d_tile.shape[1], key, d_tile.shape[2]),
       exact,
     )
+    if len(block) == 1:  # for all heads
+      d_tile = d_tile.sum(0, keepdims=True)
     return jax.tree.map(jnp.add, gradient, vjp(d_tile)[0])
 
   def finish_gradient(self, gradient):
@@ -236,8 +239,17 @@ def relative_buckets(
     raise ValueError(
       f'table: expected [num_buckets={num_buckets}, h], got {table.shape}'
     )
-  near = num_buckets // (4 if is_bidirectional else 2)
-  if near < 1 or max_distance <= near:
+  if table.dtype not in FLOATS:
+    raise ValueError(
+      f'table: expected float32, bfloat16 or float16, got {table.dtype}'
+    )
+  sides = 2 if is_bidirectional else 1
+  near = num_buckets // (2 * sides)
+  if near < 1:
+    raise ValueError(
+      f'num_buckets: expected {2 * sides} or more, got {num_buckets}'
+    )
+  if max_distance <= near:
     raise ValueError(
       f'max_distance: expected more than the {near} near buckets, '
       f'got {max_distance}'

@@ -7,6 +7,7 @@ The softmax runs along the blocks of keys (Milakov & Gimelshein 2018; Dao et al.
 import dataclasses
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from jax import lax
 
 from attention.ops import batching
 from attention.ops.call import Call
-from attention.ops.masks import MASKED
+from attention.ops.masks import LEAST, MASKED
 
 _TILE_SIZE = 2**19  # logits in a tile: 2 MiB, which caches hold
 
@@ -47,7 +48,7 @@ def attention(query, key, value, call: Call, tiles: Tiles | None = None):
     num_key,
     num_groups,
     tiles,
-    _ranges(call.mask, num_query, num_key, tiles),
+    _spans(call.mask, num_query, num_key, tiles),
   )
   output = _attention(plan, query, key, value, call)
   return output.reshape(*batch, num_query, num_heads, value_size)
@@ -62,37 +63,40 @@ class _Plan:
   num_key: int
   num_groups: int
   tiles: Tiles
-  ranges: tuple  # of blocks of keys, for each block of queries: see _ranges
+  spans: tuple  # for each block of queries, the `_Span` of keys it meets
 
   @property
   def row_starts(self):
     return np.arange(0, math.prod(self.batch), self.tiles.rows, dtype=np.int32)
 
 
-def _ranges(mask, num_query, num_key, tiles):
-  """Which blocks of keys each block of queries meets.
+class _Span(NamedTuple):
+  """Blocks of keys by their numbers, each part up to where the next begins."""
 
-  Returns:
-    For each block of queries four numbers of blocks of keys: some queries see
-    some keys of those from the first up to the last; all queries see all keys
-    of those from the second up to the third.
-  """
+  first: int  # some queries see some keys
+  whole: int  # all queries see all keys
+  rest: int  # some again see some
+  last: int  # the first that is not in it
+
+
+def _spans(mask, num_query, num_key, tiles):
+  """The `_Span` that each block of queries meets."""
   low, high = (None, None) if mask is None else mask.diagonals()
   is_exact = mask is None or mask.is_band
   low = -num_query if low is None else low
   high = num_key if high is None else high
   size, count = tiles.keys, -(-num_key // tiles.keys)
-  ranges = []
+  spans = []
   for block in range(-(-num_query // tiles.queries)):
     top = min(block * tiles.queries, num_query - tiles.queries)
     bottom = top + tiles.queries - 1
     first = min(max(0, (top + low) // size), count)
     last = max(first, min(count, (bottom + high) // size + 1))
     whole = min(max(first, -(-(bottom + low) // size)), last)
-    whole_last = min((top + high + 1) // size, num_key // size, last)
-    whole_last = max(whole, whole_last) if is_exact else whole
-    ranges.append((first, whole, whole_last, last))
-  return tuple(ranges)
+    rest = min((top + high + 1) // size, num_key // size, last)
+    rest = max(whole, rest) if is_exact else whole
+    spans.append(_Span(first, whole, rest, last))
+  return tuple(spans)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,16 +141,34 @@ def _take_keys(plan, start, *arrays):
   return [x.swapaxes(1, 2) for x in blocks]
 
 
-def _logits(plan, call, query, key, tile):
-  """A tile's logits in float32, [r, g, p, q, k], and before cap and bias."""
-  r, g, p, q, d = query.shape
-  k = key.shape[2]
+def _products(query, key):
+  """[r, g, p, q, c], [r, g, k, c] → [r, g, p, q, k] float32."""
+  r, g, p, q, c = query.shape
   x = jnp.einsum(
-    'rgqd,rgkd->rgqk',
-    query.reshape(r, g, p * q, d),
+    'rgqc,rgkc->rgqk',
+    query.reshape(r, g, p * q, c),
     key,
     preferred_element_type=jnp.float32,
-  ).reshape(r, g, p, q, k)
+  )
+  return x.reshape(r, g, p, q, -1)
+
+
+def _sum_keys(weights, value):
+  """[r, g, p, q, k], [r, g, k, c] → [r, g, p, q, c] float32."""
+  r, g, p, q, k = weights.shape
+  x = jnp.einsum(
+    'rgqk,rgkc->rgqc',
+    weights.reshape(r, g, p * q, k).astype(value.dtype),
+    value,
+    preferred_element_type=jnp.float32,
+  )
+  return x.reshape(r, g, p, q, -1)
+
+
+def _logits(plan, call, query, key, tile):
+  """A tile's logits in float32, [r, g, p, q, k], and before cap and bias."""
+  x = _products(query, key)
+  r, g, _, q, k = x.shape
   x = x * call.scale
   capped = x
   if call.logit_cap is not None:
@@ -186,17 +208,6 @@ def _dropped(plan, call, shape, tile):
   return factor.reshape(shape)
 
 
-def _product(weights, value):
-  r, g, p, q, k = weights.shape
-  out = jnp.einsum(
-    'rgqk,rgke->rgqe',
-    weights.reshape(r, g, p * q, k).astype(value.dtype),
-    value,
-    preferred_element_type=jnp.float32,
-  )
-  return out.reshape(r, g, p, q, -1)
-
-
 def _absorb(plan, call, carry, query, key, value, tile):
   """Adds a tile of keys to a running softmax (top, total, sum of values)."""
   old_top, total, values = carry
@@ -207,32 +218,37 @@ def _absorb(plan, call, carry, query, key, value, tile):
   total = total * shrink + exp.sum(-1)
   if call.dropout is not None:
     exp = exp * _dropped(plan, call, exp.shape, tile)
-  values = values * shrink[..., None] + _product(exp, value)
+  values = values * shrink[..., None] + _sum_keys(exp, value)
   return top, total, values
 
 
 def _finish(call, top, total, values):
-  """Output, and the logarithm of the softmax's denominator."""
-  lse = top + jnp.log(total)
+  """Output, and the denominator's logarithm as `top` and what is above it.
+
+  The two apart: beside a `top` of -1e9, as some biases make it, the rest would
+  be lost.
+  """
   if call.sinks is not None:
     sinks = call.sinks.astype(jnp.float32).reshape(*top.shape[1:3], 1)
-    lse = jnp.logaddexp(lse, sinks)
+    total = total + jnp.exp(sinks - top)
   # Nothing seen: an infinite denominator, so zero weights, here and backwards.
-  lse = jnp.where(top < MASKED / 2, jnp.inf, lse)
-  return values * jnp.exp(top - lse)[..., None], lse
+  total = jnp.where(top < LEAST, jnp.inf, total)
+  return values / total[..., None], top, jnp.log(total)
 
 
-def _fold_keys(plan, step, block, carry):
-  """Folds step(is_whole, key block, carry) over the blocks that are seen."""
-  bounds = np.array(plan.ranges, np.int32).T
-  for i, is_whole in enumerate((False, True, False)):
-    first, last = bounds[i : i + 2]
+def _fold_keys(step, carry, plan, block):
+  """Folds step(is_whole, number, carry) over the keys' blocks that are seen."""
+  span = _Span(*np.array(plan.spans, np.int32).T)
+  for first, last, is_whole in (
+    (span.first, span.whole, False),
+    (span.whole, span.rest, True),
+    (span.rest, span.last, False),
+  ):
     if len(first) == 1 and last - first == 1:
       carry = step(is_whole, int(first[0]), carry)
     elif (first < last).any():
-      first, last = jnp.asarray(first)[block], jnp.asarray(last)[block]
-      fold = functools.partial(step, is_whole)
-      carry = lax.fori_loop(first, last, fold, carry)
+      bounds = jnp.asarray(first)[block], jnp.asarray(last)[block]
+      carry = lax.fori_loop(*bounds, functools.partial(step, is_whole), carry)
   return carry
 
 
@@ -249,10 +265,11 @@ def _take_row_block(plan, start, *arrays):
 
 
 def _forward(plan, query, key, value, call):
-  """Output [r, q, h, e]; the log of the softmax's denominator, [r, q, h]."""
+  """Output [r, q, h, e] and, as `_finish` has them, two [r, q, h]."""
   shape = query.shape[:-1]
   zeros = (
     jnp.zeros((*shape, value.shape[-1]), query.dtype),
+    jnp.zeros(shape, jnp.float32),
     jnp.zeros(shape, jnp.float32),
   )
 
@@ -272,14 +289,14 @@ def _forward(plan, query, key, value, call):
       top = jnp.full(q.shape[:-1], MASKED)
       nothing = jnp.zeros((*top.shape, value.shape[-1]))
       softmax = (top, jnp.zeros_like(top), nothing)
-      blocks = _finish(call, *_fold_keys(plan, key_step, number, softmax))
+      blocks = _finish(call, *_fold_keys(key_step, softmax, plan, number))
       # What a ragged end computes twice is the same twice.
       return tuple(
         batching.put_block(whole, _query_block(x, whole.dtype), (row, start))
         for whole, x in zip(carry, blocks, strict=True)
       )
 
-    return _fold(query_step, carry, range(len(plan.ranges)))
+    return _fold(query_step, carry, range(len(plan.spans)))
 
   return _fold(row_step, zeros, plan.row_starts)
 
@@ -290,25 +307,24 @@ def _attention(plan, query, key, value, call):
 
 
 def _attention_fwd(plan, query, key, value, call):
-  output, lse = _forward(plan, query, key, value, call)
-  return output, (query, key, value, call, output, lse)
+  output, *softmax = _forward(plan, query, key, value, call)
+  return output, (query, key, value, call, output, *softmax)
 
 
 def _attention_bwd(plan, saved, d_output):
-  query, key, value, call, output, lse = saved
+  query, key, value, call, output, top, log_total = saved
   f32 = jnp.float32
   # Each query's Σ weight · d_weight, from its output alone (Dao et al. 2022).
   delta = (d_output.astype(f32) * output.astype(f32)).sum(-1)
 
   def row_step(carry, row):
-    rows = _take_row_block(plan, row, query, key, value, d_output, lse, delta)
-    all_q, all_k, all_v, all_do, all_lse, all_delta = rows
+    all_k, all_v, *of_queries = _take_row_block(
+      plan, row, key, value, query, d_output, top, log_total, delta
+    )
 
     def query_step(carry, number):
       start, done = _block(number, plan.tiles.queries, plan.num_query)
-      q, d_out, own_lse, own_delta = _take_queries(
-        plan, start, all_q, all_do, all_lse, all_delta
-      )
+      q, d_out, *softmax = _take_queries(plan, start, *of_queries)
       # What is summed over queries has them last; a barrier, or XLA would undo
       # it and CPUs take a slower product.
       q_t, d_out_t = lax.optimization_barrier(
@@ -317,7 +333,7 @@ def _attention_bwd(plan, saved, d_output):
       if done is not None:
         # Queries of the block before: weights of zero.
         fresh = start + jnp.arange(plan.tiles.queries) >= done
-        own_lse = jnp.where(fresh, own_lse, jnp.inf)
+        softmax[1] = jnp.where(fresh, softmax[1], jnp.inf)
 
       def key_step(is_whole, number, carry):
         dq, dk, dv, d_bias = carry
@@ -325,7 +341,7 @@ def _attention_bwd(plan, saved, d_output):
         k, v = _take_keys(plan, at, all_k, all_v)
         tile = _Tile(row, start, at, key_done, is_whole)
         used, d_logits, d_products = _tile_gradients(
-          plan, call, q, k, v, d_out, own_lse, own_delta, tile
+          plan, call, q, k, v, d_out, *softmax, tile
         )
         d_block = call.scale * _sum_queries(d_products, q_t)
         dk = batching.add_block(dk, d_block, (0, at))
@@ -335,17 +351,17 @@ def _attention_bwd(plan, saved, d_output):
           d_bias = call.bias.add_gradient(
             d_bias, flat, plan.batch, row, start, at
           )
-        return dq + _product(d_products, k), dk, dv, d_bias
+        return dq + _sum_keys(d_products, k), dk, dv, d_bias
 
       dq, *carry = carry
       carry = (jnp.zeros(q.shape, f32), *carry)
-      d_block, *carry = _fold_keys(plan, key_step, number, carry)
+      d_block, *carry = _fold_keys(key_step, carry, plan, number)
       d_block = _query_block(call.scale * d_block, dq.dtype)
       return batching.add_block(dq, d_block, (row, start)), *carry
 
     dq, dk, dv, d_bias = carry
     zeros = [jnp.zeros(x.shape, f32) for x in (all_k, all_v)]
-    blocks = range(len(plan.ranges))
+    blocks = range(len(plan.spans))
     dq, *d_row, d_bias = _fold(query_step, (dq, *zeros, d_bias), blocks)
     dk, dv = (
       batching.put_block(whole, x.astype(whole.dtype), (row,))
@@ -360,22 +376,22 @@ def _attention_bwd(plan, saved, d_output):
     d_bias = call.bias.finish_gradient(d_bias)
   d_sinks = None
   if call.sinks is not None:
-    d_sinks = -(jnp.exp(call.sinks.astype(f32) - lse) * delta).sum((0, 1))
-    d_sinks = d_sinks.astype(call.sinks.dtype)
+    weights = jnp.exp(call.sinks.astype(f32) - top - log_total)
+    d_sinks = -(weights * delta).sum((0, 1)).astype(call.sinks.dtype)
   d_call = dataclasses.replace(
     call, bias=d_bias, sinks=d_sinks, mask=None, dropout=None
   )
   return dq, dk, dv, d_call
 
 
-def _tile_gradients(plan, call, q, k, v, do, lse, delta, tile):
+def _tile_gradients(plan, call, q, k, v, d_out, top, log_total, delta, tile):
   """A tile's weights as used, and gradients of its logits and products.
 
   The products' gradient is the one after scaling.
   """
   logits, capped = _logits(plan, call, q, k, tile)
-  weights = jnp.exp(logits - lse[..., None])
-  d_weights = _product(do, v.swapaxes(-1, -2))
+  weights = jnp.exp(logits - top[..., None] - log_total[..., None])
+  d_weights = _products(d_out, v)
   used = weights
   if call.dropout is not None:
     factor = _dropped(plan, call, weights.shape, tile)

@@ -40,6 +40,7 @@ def check(
   if mask is not None and not isinstance(mask, Mask):
     mask = Mask.dense(mask)
   if mask is not None:
+    mask.check(tuple(batch), num_query, key.shape[-3])
     for array in mask.arrays():
       _check_broadcast('mask', array.shape, shape, short='[q, k]')
   if is_causal:
@@ -74,6 +75,11 @@ def check(
     check_float('vector', vector)
   if scale is None:
     scale = 1 / math.sqrt(size) if vector is None else 1.0
+  if isinstance(scale, jax.core.Tracer) or not math.isfinite(scale):
+    raise ValueError(
+      f'scale: expected a number, got {scale}; what is to be learnt can '
+      'multiply the query'
+    )
   if logit_cap is not None and not logit_cap > 0:
     raise ValueError(f'logit_cap: expected a positive number, got {logit_cap}')
   if not 0 <= dropout_rate < 1:
@@ -85,7 +91,12 @@ def check(
         f'dropout_rng: expected a key, as dropout_rate={dropout_rate}, '
         'got None; pass dropout_rng=jax.random.key(seed)'
       )
-    dropout = Dropout.create(dropout_rng, dropout_rate)
+    try:
+      dropout = Dropout.create(dropout_rng, dropout_rate)
+    except TypeError:
+      raise ValueError(
+        f'dropout_rng: expected a key of jax.random, got {dropout_rng!r}'
+      ) from None
   call = Call(
     bias=bias,
     mask=mask,
@@ -140,7 +151,7 @@ def _check_inputs(query, key, value):
       f'value: expected {key.shape[-2]} heads, as key has, '
       f'got {value.shape[-2]}'
     )
-  if query.shape[-2] % key.shape[-2]:
+  if not key.shape[-2] or query.shape[-2] % key.shape[-2]:
     raise ValueError(
       f"key: expected a number of heads that divides query's "
       f'{query.shape[-2]}, got {key.shape[-2]}'

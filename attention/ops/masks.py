@@ -8,9 +8,11 @@ import numpy as np
 
 from attention.ops.batching import take_block, take_rows
 
-# Added to logits that are masked, where a select would cost more. A finite
-# number, so that a row of nothing else is no NaN: its best is below half of it.
+# Added to logits that are masked, where a select would cost more; finite, so
+# that a row of nothing else is no NaN. A logit below LEAST is seen by nobody,
+# be it for a mask or for a bias.
 MASKED = -1e30
+LEAST = MASKED / 2
 
 
 def _expand(value):
@@ -55,6 +57,16 @@ class _Condition:
   def diagonals(self):
     """Static (low, high): keys outside query + [low, high] are never seen."""
     return None, None
+
+  def check(self, batch, num_query, num_key):
+    """Raises ValueError for arrays that don't fit the logits."""
+    for field in dataclasses.fields(self):
+      shape = np.shape(getattr(self, field.name))
+      if not _is_broadcastable(shape, batch):
+        raise ValueError(
+          f'mask: {field.name}: expected a number or an array [*b] = {batch}, '
+          f'got shape {shape}'
+        )
 
   def rows(self, batch, start, count):
     """The condition on some rows of the flattened batch."""
@@ -110,6 +122,14 @@ class _Segments(_Condition):
   query_ids: object  # [*b, q]
   key_ids: object  # [*b, k]
 
+  def check(self, batch, num_query, num_key):
+    for field, length in (('query_ids', num_query), ('key_ids', num_key)):
+      shape = getattr(self, field).shape
+      if shape[-1] != length or not _is_broadcastable(shape[:-1], batch):
+        raise ValueError(
+          f'mask: {field}: expected shape {(*batch, length)}, got {shape}'
+        )
+
   def tile(self, query, num_query, key, num_key):
     queries = take_block(self.query_ids, query, num_query, -1)
     keys = take_block(self.key_ids, key, num_key, -1)
@@ -133,6 +153,9 @@ class _Dense(_Condition):
   trailing = 3
   array: object
 
+  def check(self, batch, num_query, num_key):
+    """Nothing: the caller does."""
+
   def tile(self, query, num_query, key, num_key):
     rows = take_block(self.array, query, num_query, -2)
     return take_block(rows, key, num_key, -1)
@@ -148,7 +171,7 @@ def _int_or_array(name, value):
       f'{name}: expected an int or an integer array [*b], got dtype '
       f'{array.dtype}'
     )
-  return array
+  return array.astype(np.int32)  # unsigned ones have no negative
 
 
 @jax.tree_util.register_pytree_node_class
@@ -271,6 +294,16 @@ class Mask:
       for c in self.conditions
     )
 
+  def check(self, batch: tuple, num_query: int, num_key: int) -> None:
+    """Whether it fits queries and keys of that many positions.
+
+    Raises:
+      ValueError: lengths, offsets or ids of another shape. Dense arrays are
+        left to the caller.
+    """
+    for condition in self.conditions:
+      condition.check(batch, num_query, num_key)
+
   def arrays(self):
     """The dense arrays in it, whose shapes the caller checks."""
     return [c.array for c in self.conditions if isinstance(c, _Dense)]
@@ -281,6 +314,13 @@ class Mask:
   @classmethod
   def tree_unflatten(cls, _, conditions):
     return cls(tuple(conditions))
+
+
+def _is_broadcastable(shape, batch):
+  tail = batch[len(batch) - len(shape) :]
+  return len(shape) <= len(batch) and all(
+    n in (1, size) for n, size in zip(shape, tail, strict=True)
+  )
 
 
 def _array(value):

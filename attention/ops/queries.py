@@ -36,14 +36,27 @@ def attention(query, key, value, call: Call, count: int | None = None):
   starts = np.minimum(np.arange(blocks) * count, num_query - count)
   query, key, value = (batching.flatten(x, 3) for x in (query, key, value))
 
+  shared = key, value, call
+  # In float32, so that their gradients are summed up in it; each block has them
+  # in their own dtypes again.
+  wide = jax.tree.map(
+    lambda x: (
+      x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
+    ),
+    shared,
+  )
+
   @jax.checkpoint
-  def attend(query, key, value, call, start):
+  def attend(query, wide, start):
+    key, value, call = jax.tree.map(
+      lambda x, y: x.astype(y.dtype), wide, shared
+    )
     some = call.at_queries(tuple(batch), rows, start, count, num_key)
     return reference.attention(query, key, value, some)
 
   def step(_, block):
     some, start = block
-    return None, attend(some, key, value, call, start)
+    return None, attend(some, wide, start)
 
   chosen = starts[:, None] + np.arange(count)
   _, output = lax.scan(

@@ -7,9 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from attention.ops.call import Call
-
-# Finite, so that a row of nothing but masked logits has no NaN in it.
-MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
+from attention.ops.masks import LEAST, MASKED
 
 
 def products(
@@ -45,9 +43,10 @@ def logits(
     x = call.logit_cap * jnp.tanh(x / call.logit_cap)
   if call.bias is not None:
     x = x + call.bias.to_array(num_query, num_key).astype(jnp.float32)
+  seen = x >= LEAST
   if call.mask is not None:
-    x = jnp.where(call.mask.to_array(num_query, num_key), x, MASKED)
-  return x
+    seen &= call.mask.to_array(num_query, num_key)
+  return jnp.where(seen, x, MASKED)
 
 
 def softmax(
@@ -73,7 +72,8 @@ def attention(
   *batch, num_query, num_heads, _ = query.shape
   num_key, num_groups = key.shape[-3:-1]
   shared = num_heads // num_groups
-  pattern = softmax(logits(query, key, call), call.sinks)
+  x = logits(query, key, call)
+  pattern = softmax(x, call.sinks)
   if call.dropout is not None:
     rows = jnp.arange(math.prod((*batch, num_heads)))
     pattern *= call.dropout.factor(
@@ -86,9 +86,7 @@ def attention(
     value,
     preferred_element_type=jnp.float32,
   ).reshape(*batch, num_query, num_heads, value.shape[-1])
-  if call.mask is not None:
-    # A query that may see no key gets zeros, and passes no gradient on.
-    seen = call.mask.to_array(num_query, num_key).any(-1)  # [*b, h, q]
-    seen = jnp.atleast_2d(seen)
-    output = jnp.where(jnp.swapaxes(seen, -1, -2)[..., None], output, 0)
+  # A query that may see no key gets zeros, and passes no gradient on.
+  seen = jnp.swapaxes((x != MASKED).any(-1), -1, -2)  # [*b, q, h]
+  output = jnp.where(seen[..., None], output, 0)
   return output.astype(query.dtype)

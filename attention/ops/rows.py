@@ -16,7 +16,7 @@ from jax import lax
 
 from attention.ops import batching
 from attention.ops.call import Call
-from attention.ops.masks import MASKED
+from attention.ops.masks import LEAST, MASKED
 
 # Logits in cache at once: XLA on CPU fuses the forward pass into one kernel,
 # which is at its best at 8 MiB; the backward one, of several kernels, at 2 MiB.
@@ -119,10 +119,11 @@ def _softmax(call, batch, row, query, key):
   if call.mask is not None:
     mask = call.mask.rows(batch, row, r).tile(0, q, 0, k)
     mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
-    seen = mask.any(-1)
     # A sum, which XLA fuses with what comes after; a select it would not.
     logits = logits + jnp.where(mask, 0.0, MASKED)
   top = logits.max(-1)
+  if call.bias is not None or call.mask is not None:
+    seen, top = top >= LEAST, jnp.maximum(top, MASKED)
   if call.sinks is None:
     exp = jnp.exp(logits - top[..., None])
     return exp, exp.sum(-1), seen, None, x

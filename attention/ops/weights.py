@@ -9,6 +9,7 @@ import numpy as np
 
 from attention.ops import batching, reference
 from attention.ops.call import Call
+from attention.ops.masks import LEAST, MASKED
 
 
 def attention_weights(query, key, call: Call, heads, queries):
@@ -37,16 +38,15 @@ def attention_weights(query, key, call: Call, heads, queries):
 
     return jax.vmap(row, out_axes=2)(jnp.asarray(queries))
 
-  seen = None
   if call.bias is not None:
     bias = call.bias
     x = x + per_query(lambda q: bias.tile(batch, 0, rows, q, 1, 0, num_key))
   if call.mask is not None:
     mask = call.mask.rows(batch, 0, rows)
     seen = per_query(lambda q: mask.tile(q, 1, 0, num_key))
-    x = jnp.where(seen, x, reference.MASKED)
+    x = jnp.where(seen, x, MASKED)
   sinks = None if call.sinks is None else call.sinks[heads]
-  pattern = reference.softmax(x, sinks)
-  if seen is not None:
-    pattern = jnp.where(seen, pattern, 0)
+  seen = x >= LEAST
+  pattern = reference.softmax(jnp.where(seen, x, MASKED), sinks)
+  pattern = jnp.where(seen, pattern, 0)
   return pattern.reshape(*batch, *pattern.shape[1:])

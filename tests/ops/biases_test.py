@@ -48,6 +48,14 @@ def test_buckets_of_a_decoder_ignore_the_future():
       r'table: expected \[num_buckets=4, h\], got \(3, 2\)',
     ),
     (
+      lambda: biases.relative_buckets(jnp.zeros((2, 2)), 2),
+      'num_buckets: expected 4 or more, got 2',
+    ),
+    (
+      lambda: biases.relative_buckets(jnp.zeros((8, 2), int), 8),
+      'table: expected float32, .* got int32',
+    ),
+    (
       lambda: biases.relative_buckets(jnp.zeros((8, 2)), 8, 2),
       'max_distance: expected more than the 2 near buckets, got 2',
     ),

@@ -44,6 +44,7 @@ BIASES = {
   'buckets_before': biases.relative_buckets(
     _RNG.normal(size=(8, H)).astype('f'), 8, 20, False
   ),
+  'alibi_of_one_head': biases.alibi(1),
 }
 # Ragged and even, one block and many; rows forward and backward.
 CUTS = {
@@ -102,6 +103,26 @@ def test_biases_give_the_reference_and_its_gradients(cut, bias, assert_close):
   _assert_same(
     CUTS[cut], _arrays(), assert_close, BIASES[bias], mask=MASKS['lengths']
   )
+
+
+@pytest.mark.parametrize('cut', CUTS)
+@pytest.mark.parametrize('low', [-np.inf, np.finfo('f').min, -1e30, -1e9])
+def test_a_bias_that_masks_never_lets_masked_keys_in(cut, low, assert_close):
+  query, *others = _arrays()
+  query *= 0
+  bias = np.zeros((1, 1, 1, 1, K), 'f')
+  bias[..., :2] = low
+  arguments = dict(bias=bias, mask=Mask.causal())
+  _assert_same(CUTS[cut], [query, *others], assert_close, **arguments)
+  *inputs, call = check(query, *others[:2], **arguments)
+  for attend in (CUTS[cut], reference.attention):
+    output = np.asarray(attend(*inputs, call))
+    value = np.repeat(others[1], H // G, axis=-2)
+    for i in range(Q):
+      mean = value[..., 2 if i > 1 else 0 : i + 1, :, :].mean(-3)
+      if i < 2 and low < -1e9:
+        mean = 0 * mean  # masked by mask or bias, all of them
+      assert_close(output[..., i, :, :] + 1, mean + 1)
 
 
 @pytest.mark.parametrize('cut', CUTS)
@@ -243,8 +264,8 @@ def test_blocks_that_the_mask_rules_out_are_not_computed():
     arguments = jax.eval_shape(lambda x: check(x, x, x, mask=mask), x)
     call = arguments[-1]
     tiles = blocks.Tiles(1, 256, 256)
-    ranges = blocks._ranges(call.mask, 4096, 4096, tiles)
-    return sum(last - first for first, *_, last in ranges)
+    spans = blocks._spans(call.mask, 4096, 4096, tiles)
+    return sum(last - first for first, *_, last in spans)
 
   assert flops(None) == 256
   assert flops(Mask.causal()) == 136
@@ -266,17 +287,17 @@ def test_blocks_that_the_mask_rules_out_are_not_computed():
 @pytest.mark.parametrize('sizes', [(37, 37), (17, 41), (41, 17)])
 def test_blocks_called_whole_are_and_those_passed_over_are_empty(mask, sizes):
   seen = np.broadcast_to(mask.to_array(*sizes), (1, 1, *sizes))[0, 0]
-  ranges = blocks._ranges(mask, *sizes, blocks.Tiles(1, 7, 5))
-  for i, (first, whole, whole_last, last) in enumerate(ranges):
+  spans = blocks._spans(mask, *sizes, blocks.Tiles(1, 7, 5))
+  for i, (first, whole, rest, last) in enumerate(spans):
     start = min(7 * i, sizes[0] - 7)
     rows = seen[start : start + 7]
-    assert 0 <= first <= whole <= whole_last <= last
+    assert 0 <= first <= whole <= rest <= last
     assert not rows[:, : first * 5].any()
     assert not rows[:, last * 5 :].any()
-    assert rows[:, whole * 5 : whole_last * 5].all()
-    assert whole == whole_last or whole_last * 5 <= sizes[1]
+    assert rows[:, whole * 5 : rest * 5].all()
+    assert whole == rest or rest * 5 <= sizes[1]
   is_band = isinstance(mask.diagonals()[1], int) and mask.is_band
-  assert is_band == any(whole < last for _, whole, last, _ in ranges)
+  assert is_band == any(span.whole < span.rest for span in spans)
 
 
 def test_a_new_mask_of_the_same_kind_does_not_recompile():

@@ -251,6 +251,32 @@ _MISTAKES = {
     r'sinks: .*\(6,\).*\(7,\)',
   ),
   'cap': ({}, dict(logit_cap=0.0), 'logit_cap: expected a positive'),
+  'scale': ({}, dict(scale=np.nan), 'scale: expected a number, got nan'),
+  'rng': (
+    {},
+    dict(dropout_rate=0.1, dropout_rng=0),
+    'dropout_rng: expected a key of jax.random, got 0',
+  ),
+  'no_heads': (
+    dict(key=(B, K, 0, D), value=(B, K, 0, E)),
+    {},
+    "key: expected a number of heads that divides query's 6, got 0",
+  ),
+  'key_lengths': (
+    {},
+    dict(mask=Mask.lengths(key_lengths=np.ones(B + 1, int))),
+    r'mask: key_lengths: expected a number or an array .*\(3,\).*\(4,\)',
+  ),
+  'offset': (
+    {},
+    dict(mask=Mask.causal(np.ones((B, 2), int))),
+    r'mask: high: expected .*\(3,\), got shape \(3, 2\)',
+  ),
+  'segments': (
+    {},
+    dict(mask=Mask.segments(np.ones((B, Q), int), np.ones((B, K + 1), int))),
+    r'mask: key_ids: expected shape \(3, 7\), got \(3, 8\)',
+  ),
   'implementation': (
     {},
     dict(implementation='flash'),

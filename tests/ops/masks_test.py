@@ -77,6 +77,14 @@ def test_python_ints_rule_out_diagonals():
   assert Mask.causal(np.array([2])).diagonals() == (None, None)
 
 
+def test_unsigned_numbers_mean_the_same():
+  left, right = np.array([2], np.uint8), np.array([0], np.uint8)
+  np.testing.assert_array_equal(
+    Mask.window(left, right).to_array(Q, K)[0, 0],
+    _full(Mask.window(2, 0).to_array(Q, K)),
+  )
+
+
 def test_a_mask_of_the_same_kind_does_not_recompile():
   traces = []
 

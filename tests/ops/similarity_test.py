@@ -101,6 +101,20 @@ def test_additive_in_chunks_never_holds_all_tanhs(arrays):
   assert memory('chunked') < memory('reference') / 10
 
 
+def test_additive_sums_gradients_in_float32(arrays):
+  # Of 1,024 blocks: in bfloat16 most of them would be lost beside the sum.
+  query, key, value = arrays(*[(1, 1024, 1, 2)] * 3, dtype=jnp.bfloat16)
+  (vector,) = arrays((1, 2), dtype=jnp.bfloat16)
+
+  def loss(value):
+    *inputs, call = check(query, key, value, vector=vector)
+    return queries.attention(*inputs, call, count=1).astype(jnp.float32).sum()
+
+  gradient = jax.jit(jax.grad(loss))(value).astype(jnp.float32)
+  # Each query's weights add up to 1.
+  np.testing.assert_allclose(gradient.sum((0, 1, 2)), 1024, rtol=1e-2)
+
+
 def test_additive_patterns_give_the_outputs(qkvv, assert_close):
   query, key, value, vector = qkvv
   weights = attention.attention_weights(
