@@ -51,6 +51,7 @@ def _default():
         'num_layers': 4,
         'num_heads': 4,
         'model_size': 128,
+        'mixer': 'attention',  # or 'lstm', 'conv'
         'dropout_rate': 0.0,
         'with_tied_output': True,
         'use_scan': False,  # one block compiled for all layers

@@ -134,7 +134,7 @@ def _check_key(word, config):
   key = word.split('=')[0].removeprefix('--config.')
   known = _keys(config)
   if word.startswith('--config.') and key not in known:
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
     hint = f'; did you mean --config.{near[0]}?' if near else ''
     raise ValueError(f'--config.{key}: no such key{hint}')
 

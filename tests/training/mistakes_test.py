@@ -16,6 +16,7 @@ _MISTAKES = {
     '--config.model.num_layer: no such key; did you mean '
     '--config.model.num_layers?',
   ),
+  'no_key_near': (['--config.model.colour=2'], 'model.colour: no such key\n'),
   'no_dashes': (
     ['config.model.num_layers=4'],
     'config.model.num_layers=4: a leftover word; did you mean '
