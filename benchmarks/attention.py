@@ -226,9 +226,7 @@ def main():
   unknown = sorted({*works} - {*_ALL})
   if unknown:
     parser.error(f'no such work: {", ".join(unknown)}')
-  table = Table(
-    'work', '', 'peer', 'ms', 'over first', 'temporary MiB', 'over first'
-  )
+  table = Table('work', 'pass', 'peer', 'ms', 'ms\nratio', 'MiB', 'MiB\nratio')
   for work in works:
     for is_gradient in (False, True):
       if work == 'window':
@@ -236,7 +234,10 @@ def main():
       else:
         compare(work, is_gradient, arguments.rounds, table)
   versions = f'jax {jax.__version__}'
-  table.caption = versions + (f', torch {torch.__version__}' if torch else '')
+  versions += f', torch {torch.__version__}' if torch else ''
+  table.caption = (
+    f'ratios: to the first peer; MiB: temporary memory\n{versions}'
+  )
   Console().print(table)
 
 
