@@ -177,7 +177,7 @@ def load_digits(
     from sklearn import datasets
   except ImportError:
     raise ValueError(
-      "data.kind: 'digits' needs scikit-learn; pip install 'attention[data]'"
+      "data.kind: 'digits' needs scikit-learn; pip install -e '.[data]'"
     ) from None
   digits = datasets.load_digits()
   images = np.pad(

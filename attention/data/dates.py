@@ -33,9 +33,7 @@ def pairs(part: str, count: int, seed: int = 0) -> list[tuple[str, str]]:
   try:
     from babel.dates import format_date
   except ImportError:
-    raise ValueError(
-      "dates need Babel: pip install 'attention[data]'"
-    ) from None
+    raise ValueError("dates need Babel: pip install -e '.[data]'") from None
   rng = np.random.default_rng(seed)
   days = rng.permutation((_LAST - _FIRST).days + 1)
   is_train = part == 'train'

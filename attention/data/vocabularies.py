@@ -98,7 +98,5 @@ def _library():
   try:
     import tokenizers
   except ImportError:
-    raise ValueError(
-      "BPE needs tokenizers: pip install 'attention[data]'"
-    ) from None
+    raise ValueError("BPE needs tokenizers: pip install -e '.[data]'") from None
   return tokenizers

@@ -19,7 +19,7 @@ try:
   from safetensors import numpy as safetensors
 except ImportError:
   raise ImportError(
-    "GPT-2's files need safetensors: pip install 'attention[interop]'"
+    "GPT-2's files need safetensors: pip install -e '.[interop]'"
   ) from None
 
 _FIELDS = {

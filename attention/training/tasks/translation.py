@@ -347,7 +347,5 @@ def sacrebleu():
   try:
     import sacrebleu
   except ImportError:
-    raise ValueError(
-      "BLEU needs sacrebleu: pip install 'attention[data]'"
-    ) from None
+    raise ValueError("BLEU needs sacrebleu: pip install -e '.[data]'") from None
   return sacrebleu
