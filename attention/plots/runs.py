@@ -16,7 +16,7 @@ def loss_curve(lines: list[dict], path: pathlib.Path) -> None:
   figure = Figure(figsize=(7, 4.2), layout='constrained')
   axes = figure.subplots()
   for key, label, style in (
-    ('train/loss', 'training', {'color': '0.7', 'linewidth': 1}),
+    ('train/loss', 'training, one batch', {'color': '0.7', 'linewidth': 1}),
     ('eval/loss', 'validation', {'color': 'C3', 'marker': 'o'}),
   ):
     points = [(line['step'], line[key]) for line in lines if key in line]
@@ -27,9 +27,9 @@ def loss_curve(lines: list[dict], path: pathlib.Path) -> None:
         axes.annotate(
           f'{value:.3f}',
           (step, value),
-          xytext=(0, 8),
+          xytext=(8, 0),
           textcoords='offset points',
-          ha='right',
+          va='center',
         )
   axes.set(xlabel='step', ylabel='nats per token')
   axes.spines[['top', 'right']].set_visible(False)
