@@ -116,14 +116,21 @@ def plot(arguments) -> int:
   out.mkdir(parents=True, exist_ok=True)
   numbers = _numbers(arguments.heads)
   for name, (queries, keys, patterns) in found.items():
-    first = plots.rows(patterns)[0][1][0]  # the first layer's first head
+    layer, heads = plots.rows(patterns)[0]
+    shown = f'{layer}, head {numbers[0] if numbers else 0}'
     for kind, figure in (
       ('grid', plots.pattern_grid(patterns, head_numbers=numbers)),
       (
         'pattern',
-        plots.pattern(first, queries, keys, queries_as=arguments.queries_as),
+        plots.pattern(
+          heads[0],
+          queries,
+          keys,
+          queries_as=arguments.queries_as,
+          title=shown,
+        ),
       ),
-      ('flow', plots.flow(first, queries, keys)),
+      ('flow', plots.flow(heads[0], queries, keys, title=shown)),
     ):
       path = out / f'{name}_{kind}.png'
       figure.savefig(path, dpi=120)
@@ -225,7 +232,10 @@ def _parser():
   add.add_argument('--layers', help='numbers or paths, as 0,2; all by default')
   add.add_argument('--heads', help='numbers, as 0,3; all by default')
   add.add_argument(
-    '--queries_as', default='rows', help='of the single pattern: rows, columns'
+    '--queries_as',
+    default='rows',
+    help='rows or columns, in the picture of a single pattern: the first head '
+    'asked for, of the lowest layer asked for',
   )
   add.add_argument('--out', help="folder for the files; the run's plots/")
   add.set_defaults(run=plot)

@@ -49,8 +49,11 @@ def test_a_pattern_has_its_queries_where_they_are_asked_for(
   tmp_path, queries_as
 ):
   weights = _patterns(3, 5)
-  figure = plots.pattern(weights, 'xyz', TOKENS, queries_as=queries_as)
+  figure = plots.pattern(
+    weights, 'xyz', TOKENS, queries_as=queries_as, title='layer $, head 1'
+  )
   figure.savefig(tmp_path / 'pattern.png')
+  assert figure.get_suptitle() == 'layer $, head 1'
   axes = figure.axes[0]
   down = [t.get_text() for t in axes.get_yticklabels()]
   across = [t.get_text() for t in axes.get_xticklabels()]
@@ -63,8 +66,10 @@ def test_a_pattern_has_its_queries_where_they_are_asked_for(
 
 
 def test_a_flow_line_is_as_wide_as_the_weight(tmp_path):
-  figure = plots.flow([[0.75, 0.25, 0], [0, 0.01, 0.99]], 'pq', 'xyz')
+  weights = [[0.75, 0.25, 0], [0, 0.01, 0.99]]
+  figure = plots.flow(weights, 'pq', 'xyz', title='layer, head 1')
   figure.savefig(tmp_path / 'flow.png')
+  assert figure.get_suptitle() == 'layer, head 1'
   widths = [line.get_linewidth() for line in figure.axes[0].lines]
   np.testing.assert_allclose(widths, [3.75, 1.25, 4.95])
 

@@ -69,11 +69,16 @@ def pattern_grid(patterns, *, head_numbers=None) -> Figure:
   for number, axes in enumerate(grid[0]):
     name = number if head_numbers is None else head_numbers[number]
     axes.set_title(f'head {name}', fontsize=8)
+  style = {'fontsize': 8, 'color': '0.5'}
+  figure.supylabel('query', **style)
+  figure.supxlabel('key', **style)
   figure.colorbar(image, ax=grid, label='weight', shrink=min(1, 3 / len(grid)))
   return figure
 
 
-def pattern(weights, queries=None, keys=None, *, queries_as='rows') -> Figure:
+def pattern(
+  weights, queries=None, keys=None, *, queries_as='rows', title=''
+) -> Figure:
   """One pattern, tokens on both axes.
 
   Args:
@@ -81,6 +86,7 @@ def pattern(weights, queries=None, keys=None, *, queries_as='rows') -> Figure:
     queries: a label a query; numbers by default.
     keys: a label a key; `queries` by default, if there are as many.
     queries_as: 'rows', or 'columns': each column then sums to 1.
+    title: such as the layer and the head.
 
   Raises:
     ValueError: labels that don't fit the weights, or another `queries_as`.
@@ -102,10 +108,11 @@ def pattern(weights, queries=None, keys=None, *, queries_as='rows') -> Figure:
   axes.set_yticks(range(len(down)), down, **style)
   axes.set(ylabel=names[0], xlabel=names[1])
   figure.colorbar(image, label='weight')
+  _entitle(figure, title)
   return figure
 
 
-def flow(weights, queries=None, keys=None) -> Figure:
+def flow(weights, queries=None, keys=None, *, title='') -> Figure:
   """Queries above, keys below, a line between them as wide as the weight.
 
   Args, Raises: as `pattern`.
@@ -137,7 +144,14 @@ def flow(weights, queries=None, keys=None) -> Figure:
   axes.text(0, -0.04, 'key', va='top', ha='right', color='0.5')
   axes.set(xlim=(0, 1), ylim=(-0.12, 1.12))
   axes.axis('off')
+  _entitle(figure, title)
   return figure
+
+
+def _entitle(figure, title):
+  if title:
+    # A path may be longer than a small picture is wide: it wraps.
+    figure.suptitle(title, fontsize=9, wrap=True, parse_math=False)
 
 
 def _check(weights, queries, keys):

@@ -1,9 +1,17 @@
 """python -m attention plot."""
 
 import attention.__main__ as command_line
+from attention import plots
 
 
-def test_a_run_draws_what_it_attends_to(ended, tmp_path, capsys):
+def test_a_run_draws_what_it_attends_to(ended, tmp_path, capsys, monkeypatch):
+  titles, draw = [], plots.flow
+
+  def flow(*words, title):
+    titles.append(title)
+    return draw(*words, title=title)
+
+  monkeypatch.setattr(plots, 'flow', flow)
   capsys.readouterr()
   words = ['plot', f'--workdir={ended}']
   for name, more in (('all', []), ('some', ['--layers=1', '--heads=1'])):
@@ -16,6 +24,10 @@ def test_a_run_draws_what_it_attends_to(ended, tmp_path, capsys):
       for end in ('_grid.png', '_pattern.png', '_flow.png', '.html')
     ]
     assert 'gpt/block_1/attention' in (out / 'attention.html').read_text()
+  assert titles == [
+    'gpt/block_0/attention, head 0',
+    'gpt/block_1/attention, head 1',
+  ]
   for more, message in (
     (['--text=the lazy', '--layers=2'], 'no 2; there are 0: gpt/block_0/att'),
     (['--text=the lazy', '--heads=0,2'], 'heads: expected 0 to 1, got [2]'),
