@@ -162,6 +162,11 @@ def save(folder, fields: dict, params: dict) -> None:
 def _read_config(path):
   try:
     config = json.loads(path.read_text())
+  except FileNotFoundError:
+    raise FileNotFoundError(
+      f'{path.parent}: expected a folder with config.json and *.safetensors, '
+      'found no config.json'
+    ) from None
   except json.JSONDecodeError as error:
     raise ValueError(f'{path}: not JSON: {error}') from None
   config = _DEFAULTS | config

@@ -141,6 +141,11 @@ def test_missing_and_damaged_files_are_named(folder):
   (folder / 'config.json').write_text('{"model_type": "gpt2", "n_layer": 2}')
   with pytest.raises(ValueError, match='missing n_embd, n_head, n_positions'):
     gpt2.load(folder)
+  (folder / 'config.json').unlink()
+  for missing in (folder, folder / 'none'):
+    expected = f'{missing}: expected a folder with config.json'
+    with pytest.raises(FileNotFoundError, match=expected):
+      gpt2.load(missing)
 
 
 def test_what_is_no_gpt2_is_not_saved(tmp_path):
