@@ -49,9 +49,10 @@ def load_params(path) -> dict:
   try:
     with np.load(path, allow_pickle=False) as arrays:
       flat = {key: arrays[key] for key in arrays.files}
-  except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+  except (ValueError, TypeError, EOFError, zipfile.BadZipFile):
     raise ValueError(
-      f'{path}: expected an .npz of plain arrays, got: {error}'
+      f'{path}: expected an .npz file of plain arrays; this is none, is '
+      'damaged, or holds pickled objects'
     ) from None
   params = {}
   for key, array in flat.items():
@@ -73,7 +74,9 @@ def save_params(path, params) -> None:
     params: {scope: {name: array}}.
 
   Raises:
-    ValueError: a dtype that .npz files don't know, such as bfloat16.
+    ValueError: no arrays, or a dtype that .npz files don't know, such as
+      bfloat16.
+    FileNotFoundError: the file's folder isn't there.
   """
   flat = {}
   for scope, arrays in params.items():
@@ -85,7 +88,11 @@ def save_params(path, params) -> None:
           'convert with .astype(jnp.float32)'
         )
       flat[f'{scope}//{name}'] = array
+  if not flat:
+    raise ValueError('params: expected at least one array, got none')
   path = pathlib.Path(path)
+  if not path.parent.is_dir():
+    raise FileNotFoundError(f'{path.parent}: no such folder')
   part = path.with_name(f'{path.name}.part')
   with part.open('wb') as file:
     np.savez(file, **flat)

@@ -122,12 +122,21 @@ def test_other_files_are_refused(content, flat, tmp_path):
       np.save(file, np.ones(3))
   else:
     np.savez(path, **flat, other=np.ones(3))
-  with pytest.raises(ValueError, match='bad.npz: expected'):
+  with pytest.raises(ValueError, match='bad.npz: expected') as info:
     alphafold.load_params(path)
+  assert 'allow_pickle' not in str(info.value)
 
 
 def test_what_npz_cannot_hold_is_not_written(tmp_path):
   params = {'a': {'b': jnp.ones(3, jnp.bfloat16)}}
   with pytest.raises(ValueError, match='a//b: expected .* got bfloat16'):
     alphafold.save_params(tmp_path / 'x.npz', params)
+  with pytest.raises(ValueError, match='params: expected at least one array'):
+    alphafold.save_params(tmp_path / 'x.npz', {})
   assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_missing_is_named(tmp_path):
+  params = {'a': {'b': np.ones(3)}}
+  with pytest.raises(FileNotFoundError, match='none: no such folder'):
+    alphafold.save_params(tmp_path / 'none' / 'x.npz', params)
