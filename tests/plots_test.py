@@ -123,13 +123,18 @@ def _browse(page, script, tmp_path):
   return done.stdout
 
 
-_HOVER = """
+_HOVER = r"""
 at('layer').value = 1; chooseLayer();
 at('head').value = 1; chooseHead();
 at('queries').children[2].dispatchEvent(new MouseEvent('mouseenter'));
 const found = [...at('SIDE').children].map(b => +b.title);
-document.body.append('found ' + JSON.stringify(found) + ' ' +
-  at('map').width + 'x' + at('map').height);
+const shades = [...at('SIDE').children].map(
+  b => +b.style.background.match(/([\d.e-]+)\)$/)[1]);
+const said = at('said').textContent;
+at('layer').value = 0; chooseLayer();
+document.body.append(said + ' then ' + at('said').textContent +
+  ' shades ' + JSON.stringify(shades) + ' found ' + JSON.stringify(found) +
+  ' ' + at('map').width + 'x' + at('map').height);
 """
 
 
@@ -151,5 +156,12 @@ def test_hovering_in_a_browser_shows_the_weights(tmp_path, side, keys):
     patterns['second'][1, 2],
     atol=6e-4,
   )
+  shades = re.search(r'shades \[([^]]*)\]', shown)
+  np.testing.assert_allclose(
+    [float(w) for w in shades[1].split(',')],
+    patterns['second'][1, 2] / patterns['second'][1].max(),
+    atol=1e-3,
+  )
   assert weights[2] == f'{num_keys}x5'
   assert '</script> (2) attends to' in shown
+  assert re.search(r'\d then Hover over a token', shown), 'an old sentence'
