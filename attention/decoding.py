@@ -165,7 +165,7 @@ def _write(step, cache, prompt, num_tokens, choose, end, *, is_holding=False):
     i, tokens, cache, token, held, is_done = carry
     logits, cache = step(token[:, None], cache)
     token, held, is_done = pick(i, logits, held, is_done)
-    tokens = lax.dynamic_update_slice(tokens, token[:, None], (0, i))
+    tokens = lax.dynamic_update_index_in_dim(tokens, token, i, axis=1)
     return i + 1, tokens, cache, token, held, is_done
 
   def is_going_on(carry):

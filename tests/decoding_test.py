@@ -112,6 +112,23 @@ def test_a_penalty_keeps_from_repeating():
   np.testing.assert_array_equal(drawn, [[2, 1, 3, 4, 5, 6], [0, 1, 3, 4, 5, 6]])
 
 
+def test_it_writes_in_64_bits_too():
+  def write():
+    prompt, cache = jnp.array([[1], [4]]), jnp.int32(0)
+    return [
+      decoding.greedy(_step, cache, prompt, 5, end=6),
+      _draw(5, top_p=0.9, repetition_penalty=2.0),
+      decoding.beam_search(_step, cache, prompt, 5, end=6)[0],
+    ]
+
+  expected = write()
+  with jax.enable_x64(True):
+    actual = write()
+  np.testing.assert_array_equal(actual[0], expected[0])
+  assert [x.dtype for x in actual] == ['int32'] * 3
+  assert [x.shape for x in actual] == [x.shape for x in expected]
+
+
 def test_ended_rows_never_change_and_the_loop_stops_with_the_last():
   prompt = jnp.array([[1], [4]])
   tokens = decoding.greedy(_step, jnp.int32(0), prompt, 30, end=6)

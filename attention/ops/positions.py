@@ -24,7 +24,7 @@ def sinusoidal(length: int, size: int, base: float = 10_000.0) -> jax.Array:
   for name, count in (('length', length), ('size', size)):
     if count <= 0:
       raise ValueError(f'{name}: expected a positive int, got {count}')
-  channels = jnp.arange(size)
+  channels = jnp.arange(size, dtype=jnp.float32)
   frequencies = base ** (-(channels // 2 * 2) / size)
   angles = jnp.arange(length)[:, None] * frequencies
   return jnp.where(channels % 2 == 0, jnp.sin(angles), jnp.cos(angles))
@@ -62,7 +62,8 @@ def rotary(x, positions, base: float = 10_000.0):
       f'positions: expected a shape broadcastable to [*b, t] = {expected}, '
       f'got {positions.shape}'
     )
-  frequencies = base ** (-jnp.arange(0, size, 2) / size)
+  channels = jnp.arange(0, size, 2, dtype=jnp.float32)
+  frequencies = base ** (-channels / size)
   angles = positions[..., None, None].astype(jnp.float32) * frequencies
   cos, sin = jnp.cos(angles), jnp.sin(angles)
   even, odd = (x[..., i::2].astype(jnp.float32) for i in (0, 1))

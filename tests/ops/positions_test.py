@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,6 +19,14 @@ def test_sinusoidal_of_odd_size_ends_with_a_sine():
   code = attention.sinusoidal(3, 5)
   assert code.shape == (3, 5)
   assert abs(code[2, 4] - np.sin(2 / 10_000 ** (4 / 5))) < 1e-6
+
+
+def test_codes_are_float32_where_numbers_have_64_bits():
+  expected = attention.sinusoidal(11, 6)
+  with jax.enable_x64(True):
+    code = attention.sinusoidal(11, 6)
+  assert code.dtype == 'float32'
+  np.testing.assert_array_equal(code, expected)
 
 
 def test_a_later_position_is_a_rotation_of_an_earlier_one(assert_close):
