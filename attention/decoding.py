@@ -31,7 +31,7 @@ def greedy(step, cache, prompt, num_tokens: int, *, end: int | None = None):
     [b, num_tokens] int32, without the prompt.
 
   Raises:
-    ValueError: an empty prompt, or num_tokens < 1.
+    ValueError: an unfit prompt, or num_tokens < 1.
   """
 
   def choose(logits, *_):
@@ -79,7 +79,7 @@ def sample(
     [b, num_tokens] int32, without the prompt.
 
   Raises:
-    ValueError: an empty prompt, or numbers out of range.
+    ValueError: an unfit prompt, or numbers out of range.
   """
   for name, value, is_right, expected in (
     ('temperature', temperature, temperature >= 0, '0 or more'),
@@ -144,8 +144,7 @@ def _min_p(logits, p):
 
 def _write(step, cache, prompt, num_tokens, choose, end, *, is_holding=False):
   """The loop: choose(logits, number, held [b, v]) gives the next tokens [b]."""
-  _check(prompt, num_tokens)
-  prompt = jnp.asarray(prompt)
+  prompt = _check(prompt, num_tokens)
   logits, cache = step(prompt, cache)
   rows = jnp.arange(len(prompt))
   held = jnp.zeros((), bool)  # which tokens a row holds, if asked for
@@ -212,10 +211,9 @@ def beam_search(
     num_best] float32. What has not ended in `num_tokens` comes after what has.
 
   Raises:
-    ValueError: an empty prompt, or numbers out of range.
+    ValueError: an unfit prompt, or numbers out of range.
   """
-  _check(prompt, num_tokens)
-  prompt = jnp.asarray(prompt)
+  prompt = _check(prompt, num_tokens)
   num_rows = len(prompt)
   logits, cache = step(prompt, cache)
   vocab_size = logits.shape[-1]
@@ -329,7 +327,14 @@ def _on_rows(function, cache):
 
 
 def _check(prompt, num_tokens):
+  """The prompt as an array, int32 as all tokens after it."""
+  prompt = jnp.asarray(prompt)
+  if prompt.ndim != 2:
+    raise ValueError(f'prompt: expected [b, t], got shape {prompt.shape}')
   if prompt.shape[1] == 0:
     raise ValueError('prompt: expected at least one token, got none')
+  if not jnp.issubdtype(prompt.dtype, jnp.integer):
+    raise ValueError(f'prompt: expected ints, got {prompt.dtype}')
   if num_tokens < 1:
     raise ValueError(f'num_tokens: expected 1 or more, got {num_tokens}')
+  return prompt.astype(jnp.int32)

@@ -259,6 +259,28 @@ def test_rows_are_searched_apart():
 
 
 @pytest.mark.parametrize(
+  ('prompt', 'message'),
+  [
+    ([1, 2], r'expected \[b, t\], got shape \(2,\)'),
+    ([[1.0, 2.0]], 'expected ints, got float32'),
+    ([[]], 'expected at least one token'),
+  ],
+)
+def test_senseless_prompts_are_refused(prompt, message):
+  for write in (
+    lambda: decoding.greedy(_step, jnp.int32(0), prompt, 3),
+    lambda: _search(prompt),
+  ):
+    with pytest.raises(ValueError, match=f'prompt: {message}'):
+      write()
+
+
+def test_a_prompt_may_be_a_list():
+  tokens = decoding.greedy(_step, jnp.int32(0), [[1], [4]], 2)
+  np.testing.assert_array_equal(tokens, [[2, 3], [5, 6]])
+
+
+@pytest.mark.parametrize(
   ('options', 'message'),
   [
     ({'beam_size': 6}, 'beam_size: expected 1 to 5, .*vocabulary, got 6'),
