@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from attention.ops import checks
 from attention.ops.biases import ArrayBias, Bias
 from attention.ops.masks import Mask
 
@@ -62,6 +63,8 @@ class Cache:
     """Remembers more, and says what the queries beside it attend to.
 
     Masks and biases speak of slots: query i is the i-th of the whole sequence.
+    Arrays are of all slots; beside the first tokens, of those tokens alone if
+    need be.
 
     Args:
       key: [*b, t, g, d] of the next t tokens.
@@ -74,7 +77,7 @@ class Cache:
       `dot_product_attention`.
 
     Raises:
-      ValueError: more tokens than slots.
+      ValueError: more tokens than slots, or arrays that don't fit.
     """
     count, batch = key.shape[-3], key.shape[:-3]
     if count > self.capacity:
@@ -83,8 +86,12 @@ class Cache:
       )
     if mask is not None and not isinstance(mask, Mask):
       mask = Mask.dense(mask)
+    for array in mask.arrays() if mask is not None else ():
+      self._check('mask', array, key.shape, short='[q, k]')
     if bias is not None and not isinstance(bias, Bias):
       array = jnp.asarray(bias)
+      checks.check_float('bias', array)
+      self._check('bias', array, key.shape, short='[h, q, k]')
       rank = len(batch) + 3
       bias = ArrayBias(array.reshape((1,) * (rank - array.ndim) + array.shape))
     new = jnp.moveaxis(key, -3, -1), value.swapaxes(-3, -2)
@@ -110,8 +117,21 @@ class Cache:
     mask = self._mask(mask, count, used[0].shape[-1])
     if bias is not None and self.key is not None:
       bias = _bias_tile(bias, batch, self.length, count, self.capacity)
+    elif isinstance(bias, ArrayBias):
+      bias = bias.array[..., :count, :count]
     key, value = jnp.moveaxis(used[0], -1, -3), used[1].swapaxes(-3, -2)
     return extended, (key, value, mask, bias)
+
+  def _check(self, name, array, key, short):
+    *batch, count, heads, _ = key
+    got = array.shape
+    size = self.capacity
+    if self.key is None and max(got[-2:], default=1) == count:
+      size = count
+    if len(got) > 2:
+      heads = got[-3]  # for attention to check, which knows the queries'
+    shape = (*batch, heads, size, size)
+    checks._check_broadcast(name, got, shape, short)
 
   def _mask(self, mask, num_query, num_key):
     slots = jnp.arange(num_key)

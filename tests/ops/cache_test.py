@@ -66,6 +66,48 @@ def test_pieces_are_the_whole(case, arrays, assert_close):
     assert_close(_in_pieces(*heads, sizes, **_CASES[case]), expected)
 
 
+@pytest.mark.parametrize('implementation', ['reference', 'chunked'])
+@pytest.mark.parametrize('size', [T, N])
+def test_arrays_beside_a_prompt_are_of_it_or_of_all_slots(
+  arrays, assert_close, implementation, size
+):
+  heads = _heads(arrays)
+  (bias,) = arrays((H, size, size))
+  mask = np.tri(size, dtype=bool)
+  _, (k, v, *more) = Cache.create(N).extend(*heads[1:], mask, bias)
+  actual = dot_product_attention(
+    heads[0],
+    k,
+    v,
+    **dict(zip(('mask', 'bias'), more, strict=True)),
+    implementation=implementation,
+  )
+  expected = dot_product_attention(
+    *heads, bias=bias[:, :T, :T], is_causal=True, implementation='reference'
+  )
+  assert_close(actual, expected)
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'message'),
+  [
+    (dict(bias=np.ones((H, N, N), bool)), r'bias: .* \(booleans go to mask='),
+    (dict(bias=np.ones((N, N), 'f')), r'bias: .*\[h, q, k\] or rank 4'),
+    (dict(bias=np.ones(N, 'f')), r'bias: .*\[h, q, k\] or rank 4'),
+    (dict(bias=np.ones((H, N, T), 'f')), r'bias: .*\(3, 6, 17, 17\), got'),
+    (dict(mask=np.ones((B, N, N), bool)), r'mask: expected \[q, k\] or rank 4'),
+    (dict(mask=Mask.dense(np.ones((N, 2), bool))), 'mask: .* broadcastable'),
+  ],
+)
+def test_arrays_that_do_not_fit_the_slots_are_refused(arguments, message):
+  key = jnp.ones((B, T, G, D))
+  empty = Cache.create(N, np.zeros(B, int))
+  later, _ = empty.extend(key, key)
+  for cache, new in ((empty, key), (later, key[:, :1])):
+    with pytest.raises(ValueError, match=message):
+      cache.extend(new, new, **arguments)
+
+
 def test_rows_with_padding_are_as_alone(arrays, assert_close):
   query, key, value = _heads(arrays)
   start = np.array([0, 4, 2], np.int32)
