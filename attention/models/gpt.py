@@ -50,8 +50,14 @@ class GPT(hk.Module):
       after the tokens.
 
     Raises:
-      ValueError: t over context_size, or a width not divisible by num_heads.
+      ValueError: t over context_size, no layers or heads, or a width not
+        divisible by num_heads.
     """
+    for field in ('num_layers', 'num_heads'):
+      if getattr(self, field) < 1:
+        raise ValueError(
+          f'{field}: expected 1 or more, got {getattr(self, field)}'
+        )
     if isinstance(cache, Cache):
       cache = ({'attention': cache},) * self.num_layers
     first = None if cache is None else cache[0]['attention']

@@ -152,6 +152,8 @@ def test_the_likeliest_tokens_are_those_of_a_loop():
       dict(num_heads=3),
       'num_heads: expected a divisor of model_size=10, got 3',
     ),
+    (dict(num_layers=0), 'num_layers: expected 1 or more, got 0'),
+    (dict(num_heads=0), 'num_heads: expected 1 or more, got 0'),
     (dict(num_layer=3), "model.num_layer: .* did you mean 'num_layers'"),
   ],
 )
