@@ -57,8 +57,8 @@ class TransformerBlock(hk.Module):
       [*b, t, m]; with a cache, a pair of that and the cache after it.
 
     Raises:
-      ValueError: unknown norm, activation or mixer, or a width not divisible
-        by heads.
+      ValueError: unknown norm, activation or mixer, a width not divisible by
+        heads, or a cache of other layers.
     """
     for field, known in (
       ('norm', ('pre', 'post')),
@@ -80,6 +80,12 @@ class TransformerBlock(hk.Module):
         **(self.attention or {}),
       )
 
+    names = {'attention', 'cross_attention'}
+    if cache is not None and not {'attention'} <= cache.keys() <= names:
+      raise ValueError(
+        "cache: expected 'attention', and 'cross_attention' where there is "
+        f'such a layer, got {sorted(cache)}'
+      )
     cached = dict(cache or {})
     further = {}
     if 'cross_attention' in cached and (self.attention or {}).get(

@@ -89,6 +89,21 @@ def test_the_residual_stays_one_array_in_the_compiled_program(arrays):
   assert text.count('optimization_barrier') == 6
 
 
+@pytest.mark.parametrize(
+  'layers', [['attn'], ['attention', 'attn'], ['cross_attention'], []]
+)
+def test_a_cache_of_other_layers_is_refused(arrays, layers):
+  (x,) = arrays((B, T, M))
+  cache = {layer: attention.Cache.create(T) for layer in layers}
+  model = hk.transform(
+    lambda x: attention.TransformerBlock(
+      num_heads=3, attention={'with_rotary': True}
+    )(x, x, cache=cache)
+  )
+  with pytest.raises(ValueError, match=r'cache: expected .*, got \['):
+    model.init(jax.random.key(0), x)
+
+
 @pytest.mark.parametrize('field', ['norm', 'activation'])
 def test_unknown_choices_are_refused(arrays, field):
   (x,) = arrays((B, T, M))
