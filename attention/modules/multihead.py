@@ -77,8 +77,8 @@ class MultiHeadAttention(hk.Module):
       mask: see `dot_product_attention`, as `bias`.
       bias: added to the logits.
       positions: of the queries, and of the keys if they come from the same
-        array, for rotary codes: [q] or [*b, q]; counted from 0, or on from what
-        the cache holds, by default.
+        array or go to a `Cache`, for rotary codes: [q] or [*b, q]; counted from
+        0, or on from what the cache holds, by default.
       cache: a `Cache` of the tokens before, to which `query` is the next; or a
         `CrossCache`, which an empty one keeps of `key` and `value`, and which
         then stands for them.
@@ -96,7 +96,7 @@ class MultiHeadAttention(hk.Module):
     is_cached = isinstance(cache, CrossCache) and cache.key is not None
     if isinstance(cache, CrossCache) and key is None and not is_cached:
       raise ValueError('key: expected a context, as the CrossCache holds none')
-    is_self = key is None or key is query
+    is_self = key is None or key is query or isinstance(cache, Cache)
     key = query if key is None else key
     value = key if value is None else value
     model_size = self.model_size or query.shape[-1]

@@ -197,6 +197,22 @@ def test_rotary_attention_moves_with_the_positions(arrays, assert_close):
   assert np.abs(stretched - output).max() > 1e-3
 
 
+def test_cached_keys_take_the_queries_positions(arrays, assert_close):
+  (x,) = arrays((2, 5, 12))
+
+  def pieces(x, with_key):
+    layer = attention.MultiHeadAttention(num_heads=3, with_rotary=True)
+    cache, outputs = attention.Cache.create(5), []
+    for piece in (x[:, :3], x[:, 3:]):
+      y, cache = layer(piece, piece + 0 if with_key else None, cache=cache)
+      outputs.append(y)
+    return jnp.concatenate(outputs, axis=1)
+
+  _, expected = _apply(lambda: lambda x: pieces(x, False), x)
+  _, actual = _apply(lambda: lambda x: pieces(x, True), x)
+  assert_close(actual, expected)
+
+
 def test_full_value_maps_are_summed_over_heads(arrays, assert_close):
   (x,) = arrays((2, 5, 12))
   params, output = _apply(
