@@ -16,6 +16,7 @@ from attention.ops.dot_product import (
 )
 from attention.ops.positions import rotary
 
+_COUNTS = 'num_heads', 'num_kv_heads', 'key_size', 'value_size', 'model_size'
 _KNOWN = {
   'similarity': ('scaled_dot', 'dot', 'cosine', 'general', 'additive'),
   'value_factorisation': ('low_rank', 'full'),
@@ -90,9 +91,9 @@ class MultiHeadAttention(hk.Module):
 
     Raises:
       ValueError: widths and heads that don't divide, shapes that don't fit,
-        fields with values that aren't known.
+        fields with values that aren't known, a cache of another kind.
     """
-    self._check(positions)
+    self._check(positions, cache)
     is_cached = isinstance(cache, CrossCache) and cache.key is not None
     if isinstance(cache, CrossCache) and key is None and not is_cached:
       raise ValueError('key: expected a context, as the CrossCache holds none')
@@ -206,7 +207,11 @@ class MultiHeadAttention(hk.Module):
         key = rotary(key, of_keys)
     return query, key
 
-  def _check(self, positions):
+  def _check(self, positions, cache):
+    for field in _COUNTS:
+      count = getattr(self, field)
+      if count is not None and count < 1:
+        raise ValueError(f'{field}: expected 1 or more, got {count}')
     for field, known in _KNOWN.items():
       if getattr(self, field) not in known:
         raise ValueError(
@@ -220,6 +225,10 @@ class MultiHeadAttention(hk.Module):
     if positions is not None and not self.with_rotary:
       raise ValueError(
         'positions: expected None without rotary codes; set with_rotary=True'
+      )
+    if not isinstance(cache, Cache | CrossCache | None):
+      raise ValueError(
+        f'cache: expected a Cache or a CrossCache, got {type(cache).__name__}'
       )
 
   @hk.transparent

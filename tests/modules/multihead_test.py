@@ -117,6 +117,9 @@ def test_dropout_is_for_training_alone(arrays):
   ('fields', 'message'),
   [
     (dict(num_heads=5), 'num_heads: expected a divisor of the width 12, got 5'),
+    (dict(num_heads=0), 'num_heads: expected 1 or more, got 0'),
+    (dict(num_heads=3, num_kv_heads=0), 'num_kv_heads: expected 1 or more'),
+    (dict(num_heads=3, key_size=0), 'key_size: expected 1 or more, got 0'),
     (dict(num_heads=6, num_kv_heads=4), 'num_kv_heads: .* num_heads=6, got 4'),
   ],
 )
@@ -211,6 +214,12 @@ def test_cached_keys_take_the_queries_positions(arrays, assert_close):
   _, expected = _apply(lambda: lambda x: pieces(x, False), x)
   _, actual = _apply(lambda: lambda x: pieces(x, True), x)
   assert_close(actual, expected)
+
+
+def test_a_cache_of_another_kind_is_refused(arrays):
+  (x,) = arrays((B, T, M))
+  with pytest.raises(ValueError, match='cache: expected a Cache .* got dict'):
+    _apply(lambda: attention.MultiHeadAttention(num_heads=3), x, cache={})
 
 
 def test_full_value_maps_are_summed_over_heads(arrays, assert_close):
