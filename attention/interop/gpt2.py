@@ -9,6 +9,7 @@ import pathlib
 
 import haiku as hk
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from attention.interop.shapes import differences
@@ -39,6 +40,7 @@ _FIXED = {
   'add_cross_attention': False,
 }
 _DEFAULTS = {'tie_word_embeddings': True}
+_DROPOUT = ('attn_pdrop', 'embd_pdrop', 'resid_pdrop')
 _NORM = {'scale': 'weight', 'offset': 'bias'}
 _LINEAR = {'w': 'weight', 'b': 'bias'}  # Conv1D there: [in, out] too
 _BLOCK = {
@@ -59,7 +61,8 @@ def load(folder) -> tuple[dict, dict]:
   `models.create('gpt', **fields)` inside `hk.transform` has these parameters.
 
   Args:
-    folder: with `config.json` and `*.safetensors`, in any number of files.
+    folder: with `config.json` and `model.safetensors` or, if there is none, any
+      number of other `*.safetensors`.
 
   Returns:
     (fields, params): of `GPT`; {module: {name: NumPy array}} in the dtypes of
@@ -68,22 +71,12 @@ def load(folder) -> tuple[dict, dict]:
   Raises:
     FileNotFoundError: one of them isn't there.
     ValueError: another architecture than GPT-2's (says which key), a file that
-      is damaged, arrays that are missing, surplus or misshapen (lists them).
+      is damaged, an array in two files, arrays that aren't of floats, that are
+      missing, surplus or misshapen (lists them).
   """
   folder = pathlib.Path(folder)
   fields = _read_config(folder / 'config.json')
-  found = {}
-  for path in sorted(folder.glob('*.safetensors')):
-    try:
-      arrays = safetensors.load_file(path)
-    except SafetensorError as error:
-      raise ValueError(f'{path}: not safetensors: {error}') from None
-    found |= {k.removeprefix('transformer.'): a for k, a in arrays.items()}
-  if not found:
-    raise FileNotFoundError(
-      f'{folder}: expected *.safetensors; weights in another format can be '
-      'converted by save_pretrained of transformers'
-    )
+  found = _read_arrays(folder)
   found = {k: a for k, a in found.items() if not k.endswith(_MASKS)}
   if fields['with_tied_output']:
     found.pop(_OUTPUT, None)  # some files repeat the table
@@ -94,6 +87,9 @@ def load(folder) -> tuple[dict, dict]:
   )
   if wrong:
     raise ValueError(f'{folder}: {"; ".join(wrong)}')
+  for key, array in found.items():
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+      raise ValueError(f'{folder}: {key}: expected floats, got {array.dtype}')
   params = {}
   for (module, leaf), key in names.items():
     params.setdefault(module, {})[leaf] = _turned(key, found[key])
@@ -110,18 +106,23 @@ def save(folder, fields: dict, params: dict) -> None:
     params: {module: {name: array}}, the module named 'gpt'.
 
   Raises:
-    ValueError: a mixer that GPT-2 doesn't have, or parameters that aren't those
-      of such a GPT (lists them).
+    ValueError: fields that are missing or that a GPT doesn't have, a mixer that
+      GPT-2 doesn't have, or parameters that aren't those of such a GPT (lists
+      them). Nothing is written then.
   """
   if fields.get('mixer', 'attention') != 'attention':
     raise ValueError(
       f"mixer: GPT-2 has 'attention' only, got {fields['mixer']!r}"
     )
   fields = {'with_tied_output': True} | dict(fields)
-  missing = sorted(_FIELDS.keys() - fields.keys())
-  if missing:
-    raise ValueError(f'fields: missing {", ".join(missing)}')
-  fields = {field: fields[field] for field in _FIELDS}
+  for what, names in {
+    'missing': _FIELDS.keys() - fields.keys(),
+    'a GPT has no': fields.keys() - GPT.__dataclass_fields__.keys(),
+  }.items():
+    if names:
+      raise ValueError(f'fields: {what} {", ".join(sorted(names))}')
+  dropout_rate = float(fields.get('dropout_rate', 0.0))
+  fields = {field: np.array(fields[field]).item() for field in _FIELDS}
   flat = {
     (module, name): np.asarray(array)
     for module, name, array in hk.data_structures.traverse(_fused(params))
@@ -139,8 +140,10 @@ def save(folder, fields: dict, params: dict) -> None:
     )
     for at, key in names.items()
   }
-  config = {theirs: fields[ours] for ours, theirs in _FIELDS.items()}
-  config |= _FIXED | {
+  config = {
+    **{theirs: fields[ours] for ours, theirs in _FIELDS.items()},
+    **_FIXED,
+    **dict.fromkeys(_DROPOUT, dropout_rate),
     'model_type': 'gpt2',
     'architectures': ['GPT2LMHeadModel'],
     'bos_token_id': None,
@@ -148,15 +151,34 @@ def save(folder, fields: dict, params: dict) -> None:
   }
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
-  for name, write in {
-    'model.safetensors': lambda path: safetensors.save_file(
-      arrays, path, metadata={'format': 'pt'}
-    ),
-    'config.json': lambda path: path.write_text(json.dumps(config, indent=2)),
-  }.items():
-    part = folder / f'{name}.part'
-    write(part)
-    os.replace(part, folder / name)
+  (folder / 'config.json.part').write_text(json.dumps(config, indent=2))
+  weights = folder / 'model.safetensors.part'
+  safetensors.save_file(arrays, weights, metadata={'format': 'pt'})
+  for name in ('model.safetensors', 'config.json'):
+    os.replace(folder / f'{name}.part', folder / name)
+
+
+def _read_arrays(folder):
+  """{name: array} of all files."""
+  whole = folder / 'model.safetensors'
+  paths = [whole] if whole.exists() else sorted(folder.glob('*.safetensors'))
+  if not paths:
+    raise FileNotFoundError(
+      f'{folder}: expected *.safetensors; weights in another format can be '
+      'converted by save_pretrained of transformers'
+    )
+  found, origins = {}, {}
+  for path in paths:
+    try:
+      arrays = safetensors.load_file(path)
+    except SafetensorError as error:
+      raise ValueError(f'{path}: not safetensors: {error}') from None
+    for key, array in arrays.items():
+      key = key.removeprefix('transformer.')
+      if key in found:
+        raise ValueError(f'{key}: both in {origins[key]} and in {path}')
+      found[key], origins[key] = array, path
+  return found
 
 
 def _read_config(path):
@@ -167,22 +189,29 @@ def _read_config(path):
       f'{path.parent}: expected a folder with config.json and *.safetensors, '
       'found no config.json'
     ) from None
-  except json.JSONDecodeError as error:
+  except ValueError as error:
     raise ValueError(f'{path}: not JSON: {error}') from None
+  if not isinstance(config, dict):
+    raise ValueError(f'{path}: expected an object, got {config!r:.40}')
   config = _DEFAULTS | config
   if config.get('model_type') != 'gpt2':
     raise ValueError(
       f"{path}: model_type: expected 'gpt2', got {config.get('model_type')!r}"
     )
-  fixed = _FIXED | {'n_inner': 4 * config.get('n_embd', 0)}
+  missing = sorted(set(_FIELDS.values()) - config.keys())
+  if missing:
+    raise ValueError(f'{path}: missing {", ".join(missing)}')
+  for key in _FIELDS.values():
+    value, is_flag = config[key], key in _DEFAULTS
+    if type(value) is not (bool if is_flag else int) or value < 1 - is_flag:
+      expected = 'true or false' if is_flag else 'a positive integer'
+      raise ValueError(f'{path}: {key}: expected {expected}, got {value!r}')
+  fixed = _FIXED | {'n_inner': 4 * config['n_embd']}
   for key, value in fixed.items():
     if config.get(key) not in (None, value):
       raise ValueError(
         f'{path}: {key}: a GPT has {value!r}, got {config[key]!r}'
       )
-  missing = sorted(set(_FIELDS.values()) - config.keys())
-  if missing:
-    raise ValueError(f'{path}: missing {", ".join(missing)}')
   return {ours: config[theirs] for ours, theirs in _FIELDS.items()}
 
 
@@ -223,15 +252,18 @@ def _turned(key, array):
 
 
 def _fused(params):
-  """Parameters with each block's query, key and value as one `qkv`."""
+  """Parameters with each whole triple of query, key and value as one `qkv`."""
   params = dict(params)
-  for module in [m for m in params if m.endswith('/attention/query')]:
-    parts = [
-      params.pop(module.removesuffix('query') + p)
-      for p in ('query', 'key', 'value')
-    ]
-    params[module.removesuffix('query') + 'qkv'] = {
-      leaf: np.concatenate([part[leaf] for part in parts], axis=-1)
-      for leaf in parts[0]
-    }
+  for query in [m for m in params if m.endswith('/attention/query')]:
+    stem = query.removesuffix('query')
+    names = [stem + part for part in ('query', 'key', 'value')]
+    parts = [params.get(name, {}) for name in names]
+    shapes = [{k: np.shape(a) for k, a in part.items()} for part in parts]
+    if shapes[0] == shapes[1] == shapes[2]:
+      params[f'{stem}qkv'] = {
+        leaf: np.concatenate([part[leaf] for part in parts], axis=-1)
+        for leaf in parts[0]
+      }
+      for name in names:
+        del params[name]
   return params

@@ -94,6 +94,17 @@ def test_parts_constants_and_bare_names_of_published_files_are_read(folder):
       {k: bare[k] for k in part}, folder / f'part-{number}.safetensors'
     )
   jax.tree.map(np.testing.assert_array_equal, gpt2.load(folder)[1], expected)
+  path = folder / 'part-0.safetensors'
+  again = shutil.copy(path, folder / 'part-2.safetensors')
+  with pytest.raises(ValueError, match=f': both in {path} and in {again}'):
+    gpt2.load(folder)
+
+
+def test_model_safetensors_is_read_alone(folder):
+  _, expected = gpt2.load(folder)
+  for key, array in safetensors.load_file(folder / 'model.safetensors').items():
+    safetensors.save_file({key: array + 1}, folder / 'other.safetensors')
+  jax.tree.map(np.testing.assert_array_equal, gpt2.load(folder)[1], expected)
 
 
 def test_arrays_that_do_not_fit_are_all_listed(folder):
@@ -111,6 +122,13 @@ def test_arrays_that_do_not_fit_are_all_listed(folder):
   )
 
 
+def test_arrays_of_integers_are_refused(folder):
+  key = 'transformer.h.1.mlp.c_fc.weight'
+  _change(folder, lambda arrays: arrays.update({key: arrays[key].astype('i1')}))
+  with pytest.raises(ValueError, match='h.1.mlp.c_fc.weight: .* got int8'):
+    gpt2.load(folder)
+
+
 @pytest.mark.parametrize(
   ('keys', 'message'),
   [
@@ -119,6 +137,10 @@ def test_arrays_that_do_not_fit_are_all_listed(folder):
     (dict(n_inner=13), 'n_inner: a GPT has 48, got 13'),
     (dict(scale_attn_by_inverse_layer_idx=True), 'scale_attn_by'),
     (dict(model_type='llama'), "model_type: expected 'gpt2', got 'llama'"),
+    (dict(n_embd=None), 'config.json: n_embd: expected a positive .* got None'),
+    (dict(n_layer='2'), "n_layer: expected a positive integer, got '2'"),
+    (dict(n_head=0), 'n_head: expected a positive integer, got 0'),
+    (dict(tie_word_embeddings=1), 'expected true or false, got 1'),
   ],
 )
 def test_what_a_gpt_cannot_compute_is_refused_by_its_key(folder, keys, message):
@@ -138,6 +160,9 @@ def test_missing_and_damaged_files_are_named(folder):
   (folder / 'config.json').write_text('{')
   with pytest.raises(ValueError, match='config.json: not JSON'):
     gpt2.load(folder)
+  (folder / 'config.json').write_text('[1]')
+  with pytest.raises(ValueError, match=r'expected an object, got \[1\]'):
+    gpt2.load(folder)
   (folder / 'config.json').write_text('{"model_type": "gpt2", "n_layer": 2}')
   with pytest.raises(ValueError, match='missing n_embd, n_head, n_positions'):
     gpt2.load(folder)
@@ -154,10 +179,41 @@ def test_what_is_no_gpt2_is_not_saved(tmp_path):
     gpt2.save(tmp_path, fields | {'mixer': 'lstm'}, params)
   with pytest.raises(ValueError, match='params: surplus gpt/block_1/'):
     gpt2.save(tmp_path, fields | {'num_layers': 1}, params)
+  with pytest.raises(ValueError, match='fields: a GPT has no num_layer, width'):
+    gpt2.save(tmp_path, fields | {'width': 12, 'num_layer': 2}, params)
+  with pytest.raises(TypeError):
+    gpt2.save(tmp_path, fields | {'dropout_rate': object()}, params)
   del fields['vocab_size']
   with pytest.raises(ValueError, match='fields: missing vocab_size'):
     gpt2.save(tmp_path, fields, params)
   assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('lost', ['query', 'key', 'value', 'b'])
+def test_an_incomplete_unfused_block_is_told_by_its_arrays(tmp_path, lost):
+  fields, params = gpt2.load(_GOLDEN)
+  qkv = params.pop('gpt/block_1/attention/qkv')
+  for i, part in enumerate(('query', 'key', 'value')):
+    params[f'gpt/block_1/attention/{part}'] = {
+      leaf: np.split(array, 3, axis=-1)[i] for leaf, array in qkv.items()
+    }
+  if lost == 'b':
+    del params['gpt/block_1/attention/key']['b']
+  else:
+    del params[f'gpt/block_1/attention/{lost}']
+  with pytest.raises(ValueError, match='missing gpt/block_1/attention/qkv//b'):
+    gpt2.save(tmp_path, fields, params)
+
+
+def test_fields_may_be_of_numpy_and_more_than_gpt2_has(tmp_path):
+  fields, params = gpt2.load(_GOLDEN)
+  ours = {'implementation': 'chunked', 'use_scan': True, 'fused_qkv': False}
+  numbers = {'num_layers': np.int64(2), 'dropout_rate': np.float32(0.25)}
+  gpt2.save(tmp_path, fields | numbers | ours, params)
+  assert gpt2.load(tmp_path)[0] == fields
+  config = json.loads((tmp_path / 'config.json').read_text())
+  for key in ('attn_pdrop', 'embd_pdrop', 'resid_pdrop'):
+    assert config[key] == 0.25
 
 
 def test_transformers_reads_what_is_saved(tmp_path, assert_close):
