@@ -19,6 +19,7 @@ from attention.modules.evoformer_layers import (
   TriangleAttention,
   TriangleMultiplication,
 )
+from attention.ops.dropout import check_rate
 
 __all__ = [
   'EvoformerBlock',
@@ -79,13 +80,16 @@ class EvoformerBlock(hk.Module):
       msa_act and pair_act, updated: same shapes, same dtypes.
 
     Raises:
-      ValueError: shapes that don't fit, masks that aren't boolean.
+      ValueError: shapes that don't fit, masks that aren't boolean, rates
+        outside [0, 1).
     """
     return self.update(msa_act, pair_act, msa_mask, pair_mask, is_training)
 
   @hk.transparent
   def update(self, msa_act, pair_act, msa_mask, pair_mask, is_training):
     """`__call__`, its layers named as if they were the caller's."""
+    for field in ('msa_dropout_rate', 'pair_dropout_rate'):
+      check_rate(getattr(self, field), field)
     if msa_mask is None:
       msa_mask = jnp.ones(msa_act.shape[:2], bool)
     if pair_mask is None:
@@ -250,6 +254,7 @@ def update_in_turn(
 
 def drop_shared(rng, rate: float, axis: int | None, x):
   """Drops entries of x with probability `rate`, the same all along `axis`."""
+  check_rate(rate)
   shape = [1 if i == axis else n for i, n in enumerate(x.shape)]
   keep = jax.random.bernoulli(rng, 1 - rate, shape)
   return jnp.where(keep, x / (1 - rate), 0)

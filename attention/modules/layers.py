@@ -7,7 +7,7 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 
-from attention.ops.dropout import Dropout
+from attention.ops.dropout import Dropout, check_rate
 
 
 class Linear(hk.Linear):
@@ -81,7 +81,11 @@ def dropout(x: jax.Array, rate: float, is_training: bool) -> jax.Array:
 
   By a hash of their positions: drawing `jax.random`'s bits takes a CPU longer
   than what is done with them.
+
+  Raises:
+    ValueError: a rate outside [0, 1).
   """
+  check_rate(rate)
   if not is_training or not rate:
     return x
   rows = math.prod(x.shape[:-1])

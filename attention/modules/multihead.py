@@ -14,6 +14,7 @@ from attention.ops.dot_product import (
   attention_weights,
   dot_product_attention,
 )
+from attention.ops.dropout import check_rate
 from attention.ops.positions import rotary
 
 _COUNTS = 'num_heads', 'num_kv_heads', 'key_size', 'value_size', 'model_size'
@@ -208,6 +209,7 @@ class MultiHeadAttention(hk.Module):
     return query, key
 
   def _check(self, positions, cache):
+    check_rate(self.dropout_rate)
     for field in _COUNTS:
       count = getattr(self, field)
       if count is not None and count < 1:

@@ -13,6 +13,12 @@ def _mix(x):
   return x ^ (x >> 16)
 
 
+def check_rate(rate: float, name: str = 'dropout_rate') -> None:
+  """Raises ValueError unless a share may be dropped; all may not."""
+  if not 0 <= rate < 1:
+    raise ValueError(f'{name}: expected [0, 1), got {rate}')
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Dropout:

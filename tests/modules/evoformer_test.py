@@ -272,6 +272,15 @@ def test_bad_input_is_named(act, mask, message):
     )
 
 
+@pytest.mark.parametrize('field', ['msa_dropout_rate', 'pair_dropout_rate'])
+def test_rates_that_cannot_be_are_refused(field, arrays):
+  block = _stack(evoformer.EvoformerBlock, **{field: 1.5})
+  with pytest.raises(ValueError, match=rf'{field}: expected \[0, 1\), got 1.5'):
+    block.init(jax.random.key(0), *_inputs(arrays))
+  with pytest.raises(ValueError, match='dropout_rate: expected'):
+    evoformer.drop_shared(jax.random.key(0), 1.0, 0, jnp.ones((3, 5)))
+
+
 def test_an_unknown_orientation_is_named():
   model = hk.transform(
     lambda x: evoformer.TriangleAttention(orientation='per_diagonal')(

@@ -48,3 +48,10 @@ def test_dropout_keeps_the_dtype_and_rests_when_not_training():
   assert _drop(x).dtype == jnp.bfloat16
   assert _drop(x, is_training=False) is x
   assert _drop(x, rate=0.0) is x
+
+
+@pytest.mark.parametrize('is_training', [True, False])
+@pytest.mark.parametrize('rate', [1.0, 1.5, -0.1, float('nan')])
+def test_rates_that_cannot_be_are_refused(rate, is_training):
+  with pytest.raises(ValueError, match=rf'expected \[0, 1\), got {rate}'):
+    _drop(jnp.ones((3, 5)), rate, is_training)
