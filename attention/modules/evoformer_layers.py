@@ -103,7 +103,7 @@ class MSARowAttentionWithPairBias(_AxialAttention):
     Raises:
       ValueError: shapes that don't fit, a mask that isn't boolean.
     """
-    _check(msa_act, msa_mask, 'msa_act', 'msa_mask')
+    msa_mask = _check(msa_act, msa_mask, 'msa_act', 'msa_mask')
     query_norm = norm('query_norm', msa_act)
     feat_2d_norm = norm('feat_2d_norm', pair_act)
     bias = self._pair_bias(feat_2d_norm, pair_act)
@@ -121,7 +121,7 @@ class MSAColumnAttention(_AxialAttention):
 
   def __call__(self, msa_act, msa_mask):
     """The update of the alignment: as `MSARowAttentionWithPairBias`."""
-    _check(msa_act, msa_mask, 'msa_act', 'msa_mask')
+    msa_mask = _check(msa_act, msa_mask, 'msa_act', 'msa_mask')
     query_norm = norm('query_norm', msa_act)
     return self._attend(
       msa_act, msa_mask, query_norm, axis=1, kind=GatedAttention
@@ -140,7 +140,7 @@ class MSAColumnGlobalAttention(_AxialAttention):
 
     Without gating it is the same for all rows: [1, i, a].
     """
-    _check(msa_act, msa_mask, 'msa_act', 'msa_mask')
+    msa_mask = _check(msa_act, msa_mask, 'msa_act', 'msa_mask')
     query_norm = norm('query_norm', msa_act)
     return self._attend(
       msa_act, msa_mask, query_norm, axis=1, kind=GlobalAttention
@@ -172,7 +172,7 @@ class TriangleAttention(_AxialAttention):
       ValueError: shapes that don't fit, a mask that isn't boolean, an unknown
         orientation.
     """
-    _check(pair_act, pair_mask, 'pair_act', 'pair_mask')
+    pair_mask = _check(pair_act, pair_mask, 'pair_act', 'pair_mask')
     if self.orientation not in ('per_row', 'per_column'):
       raise ValueError(
         "orientation: expected 'per_row' or 'per_column', got "
@@ -244,7 +244,7 @@ class OuterProductMean(hk.Module):
     Raises:
       ValueError: shapes that don't fit, a mask that isn't boolean.
     """
-    _check(act, mask, 'act', 'mask')
+    mask = _check(act, mask, 'act', 'mask')
     c, o = self.num_outer_channel, self.output_size
     layers = (
       norm('layer_norm_input', act),
@@ -310,7 +310,7 @@ class TriangleMultiplication(hk.Module):
     Raises:
       ValueError: shapes that don't fit, a mask that isn't boolean.
     """
-    _check(left_act, left_mask, 'left_act', 'left_mask')
+    left_mask = _check(left_act, left_mask, 'left_act', 'left_mask')
     size, final = self.num_intermediate_channel, _final(self)
     is_fused = self.fuse_projection_weights
     input_norm = norm(
@@ -362,6 +362,8 @@ def _final(module):
 
 
 def _check(act, mask, act_name, mask_name):
+  """The mask as an array."""
+  mask = jnp.asarray(mask)
   if act.ndim != 3:
     raise ValueError(
       f'{act_name}: expected [rows, residues, channels], got shape {act.shape}'
@@ -376,3 +378,4 @@ def _check(act, mask, act_name, mask_name):
       f'{mask_name}: expected shape {act.shape[:2]}, as {act_name} has, '
       f'got {mask.shape}'
     )
+  return mask

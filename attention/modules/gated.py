@@ -68,7 +68,9 @@ class GatedAttention(hk.Module):
   def gated(self, weights: dict, q_data, m_data, mask=None, bias=None):
     """The function itself, of parameters and inputs."""
     if mask is not None and not isinstance(mask, Mask):
-      _check_mask('mask', mask, q_data.ndim + 1, '[*b, h or 1, q or 1, k]')
+      mask = _check_mask(
+        'mask', mask, q_data.ndim + 1, '[*b, h or 1, q or 1, k]'
+      )
     batch = q_data.shape[:-2]
     q_data, m_data = (x.reshape(-1, *x.shape[-2:]) for x in (q_data, m_data))
 
@@ -158,7 +160,7 @@ class GlobalAttention(hk.Module):
     """The function itself, of parameters and inputs."""
     if q_mask is None:
       q_mask = jnp.ones((*q_data.shape[:-1], 1), bool)
-    _check_mask('q_mask', q_mask, q_data.ndim, '[*b, q, 1]')
+    q_mask = _check_mask('q_mask', q_mask, q_data.ndim, '[*b, q, 1]')
     mean = _masked_mean(q_data, q_mask)
     query = jnp.einsum('...a,ahc->...hc', mean, weights['query_w'])
     key = jnp.einsum('...ka,ac->...kc', m_data, weights['key_w'])
@@ -189,6 +191,11 @@ def _masked_mean(x, mask):
 
 def _sizes(module, q_data, m_data):
   """a, h, c of keys, c of values, o."""
+  batch, got = q_data.shape[:-2], m_data.shape[:-2]
+  if got != batch:
+    raise ValueError(
+      f'm_data: expected the leading axes of q_data {batch}, got {got}'
+    )
   widths = (q_data.shape[-1], m_data.shape[-1])
   given = (module.key_size, module.value_size)
   sizes = []
@@ -225,6 +232,8 @@ def _parameters(dtype, **specs):
 
 
 def _check_mask(name, mask, rank, shape):
+  """The mask as an array."""
+  mask = jnp.asarray(mask)
   if mask.dtype != bool:
     raise ValueError(
       f'{name}: expected booleans (True = may attend), got {mask.dtype}; '
@@ -234,3 +243,4 @@ def _check_mask(name, mask, rank, shape):
     raise ValueError(
       f'{name}: expected {shape}, of rank {rank}, got shape {mask.shape}'
     )
+  return mask

@@ -258,6 +258,8 @@ def test_a_deep_stack_keeps_the_blocks_inputs_only():
   ('act', 'mask', 'message'),
   [
     ((S, N, A), np.ones((S, N), 'f'), 'msa_mask: expected booleans'),
+    ((S, N, A), [[1] * N] * S, 'msa_mask: expected booleans'),
+    ((S, N, A), [True] * N, 'msa_mask: expected shape'),
     ((S, N, A), np.ones((S,), bool), 'msa_mask: expected shape'),
     ((S, N, A), np.ones((N, S), bool), 'msa_mask: expected shape'),
     ((N, A), np.ones((S, N), bool), 'msa_act: expected'),

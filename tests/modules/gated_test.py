@@ -53,13 +53,17 @@ def test_gated_attention_is_its_formula(inputs, arrays, assert_close):
   assert_close(actual, expected)
 
 
-def test_masks_may_be_descriptions(inputs, assert_close):
+def test_masks_may_be_descriptions_or_lists(inputs, assert_close):
   model = _gated()
   params = model.init(jax.random.key(0), *inputs)
   mask = Mask.causal()
   array = jnp.broadcast_to(mask.to_array(Q, K), (B, 1, Q, K))
   assert_close(
     model.apply(params, *inputs, mask), model.apply(params, *inputs, array)
+  )
+  assert_close(
+    model.apply(params, *inputs, array),
+    model.apply(params, *inputs, array.tolist()),
   )
 
 
@@ -126,4 +130,12 @@ def test_bad_input_is_named(fields, mask, message, inputs):
   fields = {'num_head': H, **fields}
   model = hk.transform(lambda *x: attention.GatedAttention(**fields)(*x, mask))
   with pytest.raises(ValueError, match=message):
+    model.init(jax.random.key(0), *inputs)
+
+
+@pytest.mark.parametrize('kind', ['GatedAttention', 'GlobalAttention'])
+def test_what_is_attended_to_has_the_batch_of_what_attends(kind, arrays):
+  model = hk.transform(lambda *x: getattr(attention, kind)(num_head=H)(*x))
+  inputs = arrays((2, 3, Q, A), (3, 2, Q, A))
+  with pytest.raises(ValueError, match=r'm_data: .* \(2, 3\), got \(3, 2\)'):
     model.init(jax.random.key(0), *inputs)
