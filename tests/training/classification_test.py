@@ -68,6 +68,8 @@ def test_a_task_is_loaded_without_its_data():
     shapes = [jax.eval_shape(t.init, jax.random.key(0)) for t in (task, loaded)]
     assert shapes[0] == shapes[1]
     assert list(loaded.labels) == list(task.labels)
+    assert loaded.model_fields == task.model_fields
+    assert loaded.model_fields['num_classes'] == len(task.labels)
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from attention import __main__ as command_line
+from attention.interop import gpt2
 from attention.training import (
   loop,
   metrics,
@@ -225,6 +226,14 @@ def test_sample_continues_the_prompt(ended, capsys):
   for prompt, message in (('A?', "prompt: symbols '?A'"), ('', 'prompt: exp')):
     assert command_line.main([*words, f'--prompt={prompt}']) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_run_can_be_saved_as_gpt2(ended, tmp_path):
+  task, params = trained.load(ended)
+  gpt2.save(tmp_path, task.model_fields, params)
+  fields, again = gpt2.load(tmp_path)
+  assert fields.items() <= task.model_fields.items()
+  jax.tree.map(np.testing.assert_array_equal, params, again)
 
 
 def test_sample_needs_a_run_with_a_checkpoint(ended, tmp_path, capsys):

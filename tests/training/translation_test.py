@@ -178,3 +178,4 @@ def test_each_config_trains_at_debug(name, tmp_path):
   assert ('eval/accuracy_unseen' in last) == (name != 'tones')
   loaded = tasks.load(config, tmp_path / 'run')
   assert loaded.vocabulary == tasks.create(config).vocabulary
+  assert loaded.model_fields['vocab_size'] == loaded.vocabulary.size

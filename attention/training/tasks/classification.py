@@ -15,7 +15,7 @@ from attention.models.losses import cross_entropy
 
 
 class Classification:
-  """A classifier that learns from examples."""
+  """A classifier, of `model_fields`, that learns from examples."""
 
   def __init__(self, labels, vocabulary, shape, model: dict, data=None):
     """See `create` and `load`; `data` is None where nothing is trained."""
@@ -24,7 +24,7 @@ class Classification:
     self.data = data
     self._shape = tuple(shape)  # of one input
     self._confusion = None
-    model = {
+    self.model_fields = {
       'num_classes': len(labels),
       'context_size': shape[0],
       'vocab_size': None if vocabulary is None else vocabulary.size,
@@ -32,7 +32,7 @@ class Classification:
     }
     self._model = hk.transform(
       lambda inputs, lengths, is_training=False: models.create(
-        'classifier', **model
+        'classifier', **self.model_fields
       )(inputs, lengths, is_training=is_training)
     )
 

@@ -17,14 +17,14 @@ _PIECE = 16  # tokens that a stream writes at once
 
 
 class Language:
-  """A GPT that learns to continue a text."""
+  """A GPT, of `model_fields`, that learns to continue a text."""
 
   def __init__(self, vocabulary, model: dict, data: language.Text | None):
     """See `create` and `load`; `data` is None where nothing is trained."""
     self.vocabulary = vocabulary
     self.data = data
     self.context_size = model['context_size']
-    model = {'vocab_size': vocabulary.size, **model}
+    self.model_fields = model = {'vocab_size': vocabulary.size, **model}
     if model['vocab_size'] < vocabulary.size:
       raise ValueError(
         f'model.vocab_size: expected at least {vocabulary.size}, as the data '

@@ -19,7 +19,7 @@ _END_LABEL = '·'
 
 
 class Translation:
-  """An encoder and decoder that learn from pairs."""
+  """An encoder and decoder, of `model_fields`, that learn from pairs."""
 
   def __init__(self, config, record: dict, data=None):
     """See `create` and `load`; `data` is None where nothing is trained."""
@@ -34,9 +34,12 @@ class Translation:
     self._has_files = bool(config.data.path)
     if self._has_files:
       sacrebleu()
-    fields = {'vocab_size': self.vocabulary.size, **config.model.to_dict()}
+    self.model_fields = {
+      'vocab_size': self.vocabulary.size,
+      **config.model.to_dict(),
+    }
     self._model = hk.transform(
-      lambda *inputs, **more: models.create('translator', **fields)(
+      lambda *inputs, **more: models.create('translator', **self.model_fields)(
         *inputs, **more
       )
     )
