@@ -17,7 +17,7 @@ def load_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
   """The config of the run in a workdir.
 
   Raises:
-    ValueError: there is no run.
+    ValueError: there is no run, or the file isn't a config.
   """
   path = workdir / 'config.json'
   if not path.exists():
@@ -25,7 +25,30 @@ def load_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
       f'{workdir}: no run here (no config.json); train one with '
       f'python train.py --config=configs/gpt_char.py --workdir={workdir}'
     )
-  return ml_collections.ConfigDict(json.loads(path.read_text()))
+  parts = ('task', 'data', 'model', 'training')
+  return ml_collections.ConfigDict(_read(path, *parts))
+
+
+def load_data(workdir: pathlib.Path) -> dict:
+  """The task's record of the data of the run in a workdir.
+
+  Raises:
+    ValueError: the file isn't there, or isn't such a record.
+  """
+  return _read(workdir / 'data.json', 'sha256')
+
+
+def _read(path, *keys):
+  """A file's JSON object, which has those keys."""
+  try:
+    record = json.loads(path.read_text())
+  except FileNotFoundError:
+    raise ValueError(f'{path}: no such file; restore it') from None
+  except ValueError as error:
+    raise ValueError(f'{path}: not JSON: {error}') from None
+  if not isinstance(record, dict) or not record.keys() >= set(keys):
+    raise ValueError(f'{path}: expected an object with {", ".join(keys)}')
+  return record
 
 
 def check(workdir: pathlib.Path, config, data: dict) -> str | None:
@@ -58,7 +81,7 @@ def check(workdir: pathlib.Path, config, data: dict) -> str | None:
       f'{workdir}: holds a run of another config ({", ".join(differences)}); '
       'choose another --workdir, or the same config'
     )
-  old_data = json.loads((workdir / 'data.json').read_text())
+  old_data = load_data(workdir)
   if old_data != data:
     raise ValueError(
       f'{workdir}: holds a run on other data (sha256 '

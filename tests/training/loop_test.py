@@ -236,6 +236,27 @@ def test_a_run_can_be_saved_as_gpt2(ended, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, params, again)
 
 
+@pytest.mark.parametrize(
+  ('name', 'content', 'message'),
+  [
+    ('data', None, 'no such file'),
+    ('data', '{}', 'expected an object with sha256'),
+    ('config', '{', 'not JSON: '),
+    ('config', '{}', 'expected an object with task, data, model, training'),
+    ('config', '[]', 'expected an object with task'),
+  ],
+)
+def test_records_that_do_not_serve_are_named(
+  ended, tmp_path, name, content, message
+):
+  for file in ('config.json', 'data.json'):
+    shutil.copy(ended / file, tmp_path)
+  path = tmp_path / f'{name}.json'
+  path.unlink() if content is None else path.write_text(content)
+  with pytest.raises(ValueError, match=f'{path}: {message}'):
+    trained.load(tmp_path)
+
+
 def test_sample_needs_a_run_with_a_checkpoint(ended, tmp_path, capsys):
   words = ['sample', f'--workdir={tmp_path / "run"}']
   assert command_line.main(words) == 2

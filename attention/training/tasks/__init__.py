@@ -1,8 +1,8 @@
 """Tasks: what a run trains. Each gives a loss, an evaluation, its batches."""
 
-import json
 import pathlib
 
+from attention.training import records
 from attention.training.tasks.classification import Classification
 from attention.training.tasks.language import Language
 from attention.training.tasks.translation import Translation
@@ -25,9 +25,12 @@ def create(config):
 
 
 def load(config, workdir: pathlib.Path):
-  """The task of a finished or interrupted run, without its data."""
-  record = json.loads((workdir / 'data.json').read_text())
-  return _find(config).load(config, record)
+  """The task of a finished or interrupted run, without its data.
+
+  Raises:
+    ValueError: an unknown task, or no record of its data.
+  """
+  return _find(config).load(config, records.load_data(workdir))
 
 
 def _find(config):
