@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from attention.ops.biases import ArrayBias, Bias
 from attention.ops.call import Call
-from attention.ops.dropout import Dropout
+from attention.ops.dropout import Dropout, check_rate
 from attention.ops.masks import Mask
 from attention.ops.softmax import FLOATS
 
@@ -82,8 +82,7 @@ def check(
     )
   if logit_cap is not None and not logit_cap > 0:
     raise ValueError(f'logit_cap: expected a positive number, got {logit_cap}')
-  if not 0 <= dropout_rate < 1:
-    raise ValueError(f'dropout_rate: expected [0, 1), got {dropout_rate}')
+  check_rate(dropout_rate)
   dropout = None
   if dropout_rate:
     if dropout_rng is None:
