@@ -7,7 +7,6 @@ The softmax runs along the blocks of keys (Milakov & Gimelshein 2018; Dao et al.
 import dataclasses
 import functools
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,23 +16,7 @@ from jax import lax
 from attention.ops import batching
 from attention.ops.call import Call
 from attention.ops.masks import LEAST, MASKED
-
-_TILE_SIZE = 2**19  # logits in a tile: 2 MiB, which caches hold
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiles:
-  """How the work is cut; chosen by shape, given for experiments only."""
-
-  rows: int  # of the flattened batch; divides it
-  queries: int
-  keys: int
-
-  @classmethod
-  def choose(cls, heads: int, queries: int, keys: int) -> 'Tiles':
-    side = 2 ** (math.isqrt(_TILE_SIZE // 2 // heads).bit_length() - 1)
-    side = min(max(side, 64), 256)
-    return cls(1, min(2 * side, queries), min(side, keys))
+from attention.ops.tiles import Span, Tiles, find_spans
 
 
 def attention(query, key, value, call: Call, tiles: Tiles | None = None):
@@ -48,7 +31,7 @@ def attention(query, key, value, call: Call, tiles: Tiles | None = None):
     num_key,
     num_groups,
     tiles,
-    _spans(call.mask, num_query, num_key, tiles),
+    find_spans(call.mask, num_query, num_key, tiles),
   )
   output = _attention(plan, query, key, value, call)
   return output.reshape(*batch, num_query, num_heads, value_size)
@@ -63,40 +46,11 @@ class _Plan:
   num_key: int
   num_groups: int
   tiles: Tiles
-  spans: tuple  # for each block of queries, the `_Span` of keys it meets
+  spans: tuple  # for each block of queries, the `Span` of keys it meets
 
   @property
   def row_starts(self):
     return np.arange(0, math.prod(self.batch), self.tiles.rows, dtype=np.int32)
-
-
-class _Span(NamedTuple):
-  """Blocks of keys by their numbers, each part up to where the next begins."""
-
-  first: int  # some queries see some keys
-  whole: int  # all queries see all keys
-  rest: int  # some again see some
-  last: int  # the first that is not in it
-
-
-def _spans(mask, num_query, num_key, tiles):
-  """The `_Span` that each block of queries meets."""
-  low, high = (None, None) if mask is None else mask.diagonals()
-  is_exact = mask is None or mask.is_band
-  low = -num_query if low is None else low
-  high = num_key if high is None else high
-  size, count = tiles.keys, -(-num_key // tiles.keys)
-  spans = []
-  for block in range(-(-num_query // tiles.queries)):
-    top = min(block * tiles.queries, num_query - tiles.queries)
-    bottom = top + tiles.queries - 1
-    first = min(max(0, (top + low) // size), count)
-    last = max(first, min(count, (bottom + high) // size + 1))
-    whole = min(max(first, -(-(bottom + low) // size)), last)
-    rest = min((top + high + 1) // size, num_key // size, last)
-    rest = max(whole, rest) if is_exact else whole
-    spans.append(_Span(first, whole, rest, last))
-  return tuple(spans)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,7 +192,7 @@ def _finish(call, top, total, values):
 
 def _fold_keys(step, carry, plan, block):
   """Folds step(is_whole, number, carry) over the keys' blocks that are seen."""
-  span = _Span(*np.array(plan.spans, np.int32).T)
+  span = Span(*np.array(plan.spans, np.int32).T)
   for first, last, is_whole in (
     (span.first, span.whole, False),
     (span.whole, span.rest, True),

@@ -13,6 +13,7 @@ import attention
 from attention import Mask
 from attention.ops import biases, blocks, chunked, reference, rows
 from attention.ops.checks import check
+from attention.ops.tiles import Tiles, find_spans
 
 B, Q, K, H, G, D, E = (2, 3), 13, 17, 6, 2, 5, 7
 _RNG = np.random.default_rng(0)
@@ -50,8 +51,8 @@ BIASES = {
 CUTS = {
   'rows': lambda *a: rows.attention(*a, rows=(2, 3)),
   'row': lambda *a: rows.attention(*a, rows=(6, 1)),
-  'blocks': lambda *a: blocks.attention(*a, tiles=blocks.Tiles(1, 4, 5)),
-  'wide': lambda *a: blocks.attention(*a, tiles=blocks.Tiles(2, 13, 6)),
+  'blocks': lambda *a: blocks.attention(*a, tiles=Tiles(1, 4, 5)),
+  'wide': lambda *a: blocks.attention(*a, tiles=Tiles(2, 13, 6)),
 }
 _each_loop = pytest.mark.parametrize('cut', ['rows', 'blocks'])
 
@@ -168,7 +169,7 @@ def test_any_shape_gives_the_reference_and_its_gradients(data, assert_close):
   h = g * draw(1, 3)
   batch = tuple(draw(1, 3) for _ in range(draw(0, 2)))
   arrays = _arrays(batch, q, k, h, g, draw(1, 5), draw(1, 5))
-  tiles = blocks.Tiles(1, draw(1, q), draw(1, k))
+  tiles = Tiles(1, draw(1, q), draw(1, k))
   mask = Mask.window(draw(0, 20), draw(0, 5)) & Mask.lengths(
     key_lengths=np.full(batch, draw(0, k))
   )
@@ -263,8 +264,8 @@ def test_blocks_that_the_mask_rules_out_are_not_computed():
     x = jax.ShapeDtypeStruct((1, 4096, 1, 8), jnp.float32)
     arguments = jax.eval_shape(lambda x: check(x, x, x, mask=mask), x)
     call = arguments[-1]
-    tiles = blocks.Tiles(1, 256, 256)
-    spans = blocks._spans(call.mask, 4096, 4096, tiles)
+    tiles = Tiles(1, 256, 256)
+    spans = find_spans(call.mask, 4096, 4096, tiles)
     return sum(last - first for first, *_, last in spans)
 
   assert flops(None) == 256
@@ -287,7 +288,7 @@ def test_blocks_that_the_mask_rules_out_are_not_computed():
 @pytest.mark.parametrize('sizes', [(37, 37), (17, 41), (41, 17)])
 def test_blocks_called_whole_are_and_those_passed_over_are_empty(mask, sizes):
   seen = np.broadcast_to(mask.to_array(*sizes), (1, 1, *sizes))[0, 0]
-  spans = blocks._spans(mask, *sizes, blocks.Tiles(1, 7, 5))
+  spans = find_spans(mask, *sizes, Tiles(1, 7, 5))
   for i, (first, whole, rest, last) in enumerate(spans):
     start = min(7 * i, sizes[0] - 7)
     rows = seen[start : start + 7]
