@@ -50,7 +50,7 @@ def dot_product_attention(
     value: [*b, k, g, e].
     bias: added to the logits: [h, q, k], or of the logits' rank and
       broadcastable to [*b, h, q, k]; or a description: `alibi`,
-      `relative_buckets`.
+      `relative_buckets`. A key with less than -5e29, such as -inf, is masked.
     mask: True = may attend: a `Mask`, or a boolean array, [q, k] or of the
       logits' rank and broadcastable to [*b, h, q, k].
     is_causal: query i sees keys j <= i; joined with `mask` by AND.
