@@ -7,6 +7,15 @@ from attention.models.gpt import GPT
 from attention.models.translator import Translator
 
 _MODELS = {'classifier': Classifier, 'gpt': GPT, 'translator': Translator}
+_POSITIVE = (
+  'num_layers',
+  'num_heads',
+  'model_size',
+  'hidden_size',
+  'context_size',
+  'vocab_size',
+  'num_classes',
+)
 
 
 def classes() -> tuple[type, ...]:
@@ -22,7 +31,7 @@ def create(name: str, **fields):
     **fields: of its class.
 
   Raises:
-    ValueError: an unknown model or field; says the nearest.
+    ValueError: an unknown model or field (says the nearest), or a size under 1.
   """
   if name not in _MODELS:
     raise ValueError(f'model: expected one of {sorted(_MODELS)}, got {name!r}')
@@ -32,4 +41,8 @@ def create(name: str, **fields):
       near = difflib.get_close_matches(field, known, n=1)
       hint = f'; did you mean {near[0]!r}?' if near else ''
       raise ValueError(f'model.{field}: {name} has no such field{hint}')
+  for field in _POSITIVE:
+    size = fields.get(field)
+    if size is not None and size < 1:
+      raise ValueError(f'model.{field}: expected 1 or more, got {size}')
   return _MODELS[name](**fields)

@@ -29,6 +29,14 @@ for _name in ('absl', 'asyncio'):
   logging.getLogger(_name).addFilter(_NotOrbax())
 
 
+def has_any(directory: pathlib.Path) -> bool:
+  """Whether a step was ever saved in a folder of checkpoints, damaged or not."""
+  return any(
+    path.name == 'damaged' or path.name.isdigit()
+    for path in (directory.iterdir() if directory.is_dir() else ())
+  )
+
+
 class Checkpoints:
   """Saves and restores a state {'params': …, 'optimizer': …} by step.
 

@@ -1,5 +1,7 @@
 """How gradients become updates."""
 
+import math
+
 import jax
 import optax
 
@@ -33,14 +35,17 @@ def adamw(
   Raises:
     ValueError: numbers out of range.
   """
-  for key, value, is_right in (
-    ('learning_rate', learning_rate, learning_rate > 0),
-    ('warmup_steps', warmup_steps, warmup_steps >= 0),
-    ('clip_norm', clip_norm, clip_norm > 0),
-    ('weight_decay', weight_decay, weight_decay >= 0),
+  for key, value, is_right, expected in (
+    ('learning_rate', learning_rate, 0 < learning_rate < math.inf, 'above 0'),
+    ('warmup_steps', warmup_steps, warmup_steps >= 0, '0 or more'),
+    ('final_fraction', final_fraction, 0 <= final_fraction <= 1, 'in [0, 1]'),
+    ('weight_decay', weight_decay, 0 <= weight_decay < math.inf, '0 or more'),
+    ('b1', b1, 0 <= b1 < 1, 'in [0, 1)'),
+    ('b2', b2, 0 <= b2 < 1, 'in [0, 1)'),
+    ('clip_norm', clip_norm, clip_norm > 0, 'above 0'),
   ):
     if not is_right:
-      raise ValueError(f'optimizer.{key}: out of range, got {value}')
+      raise ValueError(f'optimizer.{key}: expected {expected}, got {value}')
   warmup_steps = min(warmup_steps, steps)
   schedule = optax.warmup_cosine_decay_schedule(
     init_value=0.0,

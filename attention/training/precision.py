@@ -19,18 +19,25 @@ def parse(text: str) -> jmp.Policy | None:
     text: as `jmp.get_policy` reads it; '': none, all is float32.
 
   Raises:
-    ValueError: it names none.
+    ValueError: it names none, or one whose parameters aren't float32.
   """
   if not text:
     return None
   try:
-    return jmp.get_policy(text)
+    policy = jmp.get_policy(text)
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise ValueError(
       'training.precision: expected such as '
       "'params=float32,compute=bfloat16,output=float32', "
       f'got {text!r} ({error})'
     ) from None
+  if policy.param_dtype != jnp.float32:
+    raise ValueError(
+      'training.precision: expected params=float32, so that small updates count, '
+      f'got {text!r}; for example '
+      f'params=float32,compute={jnp.dtype(policy.compute_dtype)},output=float32'
+    )
+  return policy
 
 
 @contextlib.contextmanager

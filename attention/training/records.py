@@ -10,6 +10,7 @@ import sys
 import jax
 import ml_collections
 
+from attention.training import checkpoints
 from attention.training.settings import Settings
 
 
@@ -70,6 +71,10 @@ def check(workdir: pathlib.Path, config, data: dict) -> str | None:
   if not (workdir / 'config.json').exists():
     return None
   old, new = _flatten(load_config(workdir)), _flatten(config)
+  if not checkpoints.has_any(workdir / 'checkpoints'):
+    if old == new:
+      return None
+    return f'{workdir}: no step of its former config was saved; begins anew'
   free = tuple(f'training.{key}' for key in Settings.FREE)
   differences = [
     f'{key} {old.get(key, "unset")!r} → {new.get(key, "unset")!r}'

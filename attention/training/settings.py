@@ -13,6 +13,7 @@ _POSITIVE = (
   'num_kept',
   'max_bad_steps',
   'num_microbatches',
+  'cpu_devices',
 )
 
 
@@ -33,7 +34,7 @@ class Settings:
   eval_every: int
   checkpoint_every: int
   num_kept: int = 3  # checkpoints, the newest ones; the best stays as well
-  cpu_devices: int = 0  # virtual ones that share a batch; 0: one
+  cpu_devices: int = 1  # virtual ones that share a batch
   mesh: dict = dataclasses.field(default_factory=_mesh)
   max_bad_steps: int = 5  # in a row, of losses or gradients not finite
   precision: str = ''  # 'params=float32,compute=bfloat16,output=float32'
@@ -55,20 +56,14 @@ class Settings:
 
   def __post_init__(self):
     for key in _POSITIVE:
-      self._check(key, getattr(self, key) >= 1, '1 or more')
+      if (value := getattr(self, key)) < 1:
+        raise ValueError(f'training.{key}: expected 1 or more, got {value}')
     precision.parse(self.precision)
     unknown = self.mesh.keys() - _mesh()
     if unknown:
       raise ValueError(
         f'training.mesh.{min(unknown)}: no such axis; there are data, fsdp '
         'and tensor'
-      )
-    self._check('cpu_devices', self.cpu_devices >= 0, '0 or more')
-
-  def _check(self, key, is_right, expected):
-    if not is_right:
-      raise ValueError(
-        f'training.{key}: expected {expected}, got {getattr(self, key)}'
       )
 
   @classmethod

@@ -59,7 +59,25 @@ _MISTAKES = {
   'level': (['--config.data.level=words'], 'level: expected'),
   'profile': (['--profile=5'], '--profile: expected START:STOP'),
   'processes': (['--num_processes=2'], 'expected all three or none'),
-  'clip': (['--config.optimizer.clip_norm=0'], 'optimizer.clip_norm: out of'),
+  'clip': (['--config.optimizer.clip_norm=0'], 'optimizer.clip_norm: expect'),
+  'layers': (
+    ['--config.model.num_layers=0'],
+    'num_layers: expected 1 or more, got 0',
+  ),
+  'no_layers': (['--config.model.num_layers=-1'], 'num_layers: expected 1'),
+  'width': (['--config.model.model_size=0'], 'model.model_size: expected 1 or'),
+  'low_precision': (
+    ['--config.training.precision=bf16'],
+    'training.precision: expected params=float32',
+  ),
+  'seed': (['--config.seed=-1'], 'seed: expected 0 to 4294967295, got -1'),
+  'large_seed': (['--config.seed=99999999999'], 'seed: expected 0 to'),
+  'b1': (['--config.optimizer.b1=2'], 'optimizer.b1: expected in [0, 1), got'),
+  'b2': (['--config.optimizer.b2=1'], 'optimizer.b2: expected in [0, 1), got'),
+  'cpu_devices': (
+    ['--config.training.cpu_devices=0'],
+    'training.cpu_devices: expected 1 or more, got 0',
+  ),
   'workdir_file': (['--workdir={tmp}/short'], 'expected a folder, got a file'),
 }
 
@@ -127,6 +145,7 @@ def test_config_files_that_do_not_serve_are_named(run, tmp_path):
 def test_a_workdir_of_another_run_shows_the_difference(config, run, tmp_path):
   settings = config(**{'training.steps': 1})
   loop.records.write(tmp_path / 'run', settings, {'sha256': '0' * 64})
+  (tmp_path / 'run' / 'checkpoints' / '1').mkdir(parents=True)
   common = [
     f'--config={_CONFIG}',
     '--workdir={tmp}/run',
@@ -136,3 +155,23 @@ def test_a_workdir_of_another_run_shows_the_difference(config, run, tmp_path):
   _assert_one_line(said, '(model.num_layers 2 → 3, seed 0 → 1)')
   # steps and log_every differ too, but may.
   _assert_one_line(run(*common), 'on other data (sha256 00000000… → ')
+
+
+def test_a_workdir_without_a_checkpoint_serves_another_config(
+  config, text, run, tmp_path, capsys
+):
+  settings = config(**{'training.steps': 1})
+  loop.records.write(tmp_path / 'run', settings, {'sha256': '0' * 64})
+  common = [f'--config={_CONFIG}', '--workdir={tmp}/run']
+  common += [f'--config.data.path={text}', '--config.seed=1']
+  with pytest.raises(AssertionError, match='got as far as running'):
+    run(*common)
+  said = capsys.readouterr()
+  assert 'no step of its former config was saved; begins anew' in said.out
+  assert loop.records.load_config(tmp_path / 'run').seed == 1
+  with (
+    loop.lock.held(tmp_path / 'run'),
+    pytest.raises(loop.lock.Locked, match='runs here'),
+  ):
+    loop.train(config(), tmp_path / 'run')
+  assert loop.records.load_config(tmp_path / 'run').seed == 1

@@ -18,9 +18,12 @@ def create(config):
   """The task that a config asks for, with its data.
 
   Raises:
-    ValueError: an unknown task, or data or a model that don't fit.
+    ValueError: an unknown task, a seed out of range, or data or a model that
+      don't fit.
     OSError: data that can't be read.
   """
+  if not 0 <= config.seed < 2**32:
+    raise ValueError(f'seed: expected 0 to {2**32 - 1}, got {config.seed}')
   return _find(config).create(config)
 
 
