@@ -30,7 +30,7 @@ for _name in ('absl', 'asyncio'):
 
 
 def has_any(directory: pathlib.Path) -> bool:
-  """Whether a step was ever saved in a folder of checkpoints, damaged or not."""
+  """Whether a step was ever saved in a folder, even one damaged since."""
   return any(
     path.name == 'damaged' or path.name.isdigit()
     for path in (directory.iterdir() if directory.is_dir() else ())

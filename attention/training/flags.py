@@ -1,6 +1,7 @@
 """The command line of train.py: --config, --workdir, --config.key=value."""
 
 import difflib
+import functools
 import importlib.util
 import pathlib
 import re
@@ -12,6 +13,26 @@ from ml_collections import ConfigDict, config_flags
 from attention.data.language import read_text
 from attention.training.settings import Settings
 
+# Beside --config: what it is by default, and what it is for.
+_FLAGS = {
+  'workdir': ('', "folder of the run's files, made if it isn't there"),
+  'profile': ('', 'START:STOP, steps to trace'),
+  'coordinator': ('', 'HOST:PORT of process 0, where there are several'),
+  'num_processes': (0, 'how many there are'),
+  'process_id': (-1, 'of this one, from 0'),
+}
+_USAGE = {
+  'config': 'FILE or FILE:SIZE, such as configs/gpt_char.py:debug',
+  'config.KEY': 'what a key of the config is instead: --config.seed=1',
+  **{name: text for name, (_, text) in _FLAGS.items()},
+}
+# What a flag's text is read as, by its value before; and how that is called.
+_PARSERS = {
+  bool: (flags.BooleanParser(), 'true or false'),
+  int: (flags.IntegerParser(), 'an integer'),
+  float: (flags.FloatParser(), 'a number'),
+}
+
 
 class Arguments(NamedTuple):
   """What a command line asks for."""
@@ -22,6 +43,19 @@ class Arguments(NamedTuple):
   coordinator: str = ''  # see distributed.start
   num_processes: int = 0
   process_id: int = -1
+
+
+def usage() -> str:
+  """What `train.py --help` prints."""
+  rows = (f'  --{f"{name}=…":<20}{text}' for name, text in _USAGE.items())
+  return '\n'.join(
+    [
+      'usage: python train.py --config=FILE --workdir=DIR [--NAME=VALUE …]',
+      'The same command again goes on with a run that was stopped.',
+      '',
+      *rows,
+    ]
+  )
 
 
 def parse(argv: list[str]) -> Arguments:
@@ -42,17 +76,18 @@ def parse(argv: list[str]) -> Arguments:
   config = load_config(files[0].removeprefix('--config='))
   for word in argv[1:]:
     _check_key(word, config)
+    _check_type(word, config)
 
   words = [word for word in argv if word not in files]
   values = flags.FlagValues()
   config_flags.DEFINE_config_dict(
     'config', config, flag_values=values, sys_argv=words
   )
-  flags.DEFINE_string('workdir', None, "For the run's files.", values)
-  flags.DEFINE_string('profile', '', 'START:STOP, steps to trace.', values)
-  flags.DEFINE_string('coordinator', '', 'HOST:PORT of process 0.', values)
-  flags.DEFINE_integer('num_processes', 0, 'All.', flag_values=values)
-  flags.DEFINE_integer('process_id', -1, 'From 0.', flag_values=values)
+  for name, (default, text) in _FLAGS.items():
+    define = (
+      flags.DEFINE_integer if isinstance(default, int) else flags.DEFINE_string
+    )
+    define(name, default, text, flag_values=values)
   try:
     values(words)
   except flags.Error as error:
@@ -137,6 +172,27 @@ def _check_key(word, config):
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
     hint = f'; did you mean --config.{near[0]}?' if near else ''
     raise ValueError(f'--config.{key}: no such key{hint}')
+
+
+def _check_type(word, config):
+  name, _, text = word.removeprefix('--').partition('=')
+  if name.startswith('config.'):
+    path = name.removeprefix('config.').split('.')
+    value = functools.reduce(lambda x, key: x[key], path, config)
+  else:
+    value = _FLAGS.get(name, (None,))[0]
+  if isinstance(value, ConfigDict):
+    key = next(iter(value), 'KEY')
+    raise ValueError(
+      f'--{name}: expected its keys one by one, such as --{name}.{key}=…, got '
+      f'{text!r}'
+    )
+  parser, expected = _PARSERS.get(type(value), (None, ''))
+  try:
+    if parser:
+      parser.parse(text)
+  except (ValueError, TypeError):
+    raise ValueError(f'--{name}: expected {expected}, got {text!r}') from None
 
 
 def _keys(config, prefix='') -> set[str]:

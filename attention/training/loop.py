@@ -82,18 +82,20 @@ def prepare(
   with precision.applied(settings.precision):
     step = Step(task, optimizer, schedule, config.seed, mesh, settings)
   note = records.check(workdir, config, task.record())
-  if note:
-    print(note)
+
+  def record():
+    if distributed.is_first():
+      records.write(workdir, config, task.record())
+    return note
 
   def run():
     with contextlib.ExitStack() as stack:
       if distributed.is_first():
         stack.enter_context(lock.held(workdir))
-        records.write(workdir, config, task.record())
       stack.enter_context(precision.applied(settings.precision))
       with distributed.together():
         begun = _Run(settings, workdir, task, step, command, profile, stack)
-        begun()
+        begun(record)
 
   return run
 
@@ -126,7 +128,8 @@ class _Run:
     self.trace = opened(Trace(workdir / 'profile', profile))
     self._opened = opened
 
-  def __call__(self):
+  def __call__(self, record):
+    """Trains, if anything is left; `record()` first writes that down."""
     _introduce(self.report, self.task, self.step)
     steps = self.settings.steps
     is_evaluated = self.metrics.has('eval/', self.start)
@@ -136,6 +139,8 @@ class _Run:
         f'--config.training.steps above it ({steps:,} now)'
       )
       return
+    if note := record():
+      self.report.say(note)
     state = self._begin()
     done = self.start
     if self.start and self._is_due('eval_every', done) and not is_evaluated:

@@ -24,6 +24,9 @@ _DETERMINISTIC = (
 
 def main(argv: list[str]) -> int:
   """Trains; returns the exit status: 2 for a mistake of the user's."""
+  if {'--help', '-h'} & set(argv[1:]):
+    print(flags.usage())
+    return 0
   try:
     arguments = flags.parse(argv)
     config = arguments.config

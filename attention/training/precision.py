@@ -33,7 +33,7 @@ def parse(text: str) -> jmp.Policy | None:
     ) from None
   if policy.param_dtype != jnp.float32:
     raise ValueError(
-      'training.precision: expected params=float32, so that small updates count, '
+      'training.precision: expected params=float32, where small updates count, '
       f'got {text!r}; for example '
       f'params=float32,compute={jnp.dtype(policy.compute_dtype)},output=float32'
     )

@@ -42,6 +42,11 @@ def make_mesh(
     ValueError: there are fewer devices, or they don't divide the batch.
   """
   devices = jax.devices()
+  if data != -1 and data < 1:
+    raise ValueError(
+      'training.mesh.data: expected 1 or more, or -1 for all that are left, '
+      f'got {data}'
+    )
   for name, size in (('fsdp', fsdp), ('tensor', tensor)):
     if size < 1:
       raise ValueError(f'training.mesh.{name}: expected 1 or more, got {size}')
@@ -55,10 +60,15 @@ def make_mesh(
       default=1,
     )
   count = data * fsdp * tensor
-  if not 1 <= count <= len(devices):
+  if count > len(devices):
+    hint = (
+      f'; --config.training.cpu_devices={count} gives more of them'
+      if devices[0].platform == 'cpu' and jax.process_count() == 1
+      else ''
+    )
     raise ValueError(
       f'training.mesh: expected at most {len(devices)} devices, which is what '
-      f'there is, got data × fsdp × tensor = {data} × {fsdp} × {tensor}'
+      f'there is, got data × fsdp × tensor = {data} × {fsdp} × {tensor}{hint}'
     )
   if batch_size % (data * fsdp):
     raise ValueError(

@@ -84,14 +84,17 @@ def test_a_run_that_ended_says_so_and_changes_nothing(
   config, ended, tmp_path, capsys
 ):
   shutil.copytree(ended, tmp_path / 'run')
-  before = (tmp_path / 'run' / 'metrics.jsonl').read_bytes()
-  capsys.readouterr()
-  loop.train(config(**{'training.steps': 3}), tmp_path / 'run')
-  said = capsys.readouterr().out
-  assert 'ended at step 3' in said
-  assert '--config.training.steps' in said
-  assert 'compil' not in said
-  assert (tmp_path / 'run' / 'metrics.jsonl').read_bytes() == before
+  names = 'metrics.jsonl', 'config.json', 'env.json', 'data.json'
+  before = [(tmp_path / 'run' / name).read_bytes() for name in names]
+  for steps in 3, 2:
+    capsys.readouterr()
+    loop.train(config(**{'training.steps': steps}), tmp_path / 'run')
+    said = capsys.readouterr().out
+    assert 'ended at step 3' in said
+    assert '--config.training.steps' in said
+    assert 'compil' not in said
+    assert 'follows' not in said
+    assert [(tmp_path / 'run' / name).read_bytes() for name in names] == before
 
 
 def test_more_steps_go_on_and_the_schedule_follows(

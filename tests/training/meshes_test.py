@@ -133,7 +133,7 @@ def test_heads_and_feed_forward_go_over_tensor_the_rest_over_fsdp():
   [
     (dict(fsdp=0), 'training.mesh.fsdp: expected 1 or more, got 0'),
     (dict(tensor=999), 'expected at most .* 1 × 1 × 999'),
-    (dict(data=0), 'training.mesh: expected at most .* 0 × 1 × 1'),
+    (dict(data=0), 'training.mesh.data: expected 1 or more, or -1'),
   ],
 )
 def test_a_mesh_that_is_not_there_is_refused(axes, message):

@@ -5,6 +5,7 @@ import time
 import jax
 import pytest
 
+import attention.__main__ as command_line
 from attention.training import loop
 from attention.training import main as training_main
 
@@ -24,7 +25,20 @@ _MISTAKES = {
   ),
   'leftover': (['again'], 'again: a leftover word'),
   'no_value': (['--config.model.num_layers'], 'expected --config.model.num_'),
-  'wrong_type': (['--config.model.num_layers=four'], 'num_layers=four'),
+  'wrong_type': (
+    ['--config.model.num_layers=four'],
+    "--config.model.num_layers: expected an integer, got 'four'",
+  ),
+  'no_number': (['--config.optimizer.b1=x'], "b1: expected a number, got 'x'"),
+  'no_truth': (
+    ['--config.training.deterministic=maybe'],
+    "--config.training.deterministic: expected true or false, got 'maybe'",
+  ),
+  'no_group': (
+    ['--config.data=foo'],
+    '--config.data: expected its keys one by one, such as --config.data.',
+  ),
+  'no_id': (['--process_id=a'], "--process_id: expected an integer, got 'a'"),
   'unknown_flag': (['--workdri=x'], "Unknown command line flag 'workdri'"),
   'no_data': (['--config.data.path={tmp}/no.txt'], 'no.txt: No such file'),
   'data_folder': (['--config.data.path={tmp}'], 'Is a directory'),
@@ -53,7 +67,11 @@ _MISTAKES = {
   ),
   'mesh': (
     ['--config.training.mesh.tensor=99'],
-    'training.mesh: expected at most',
+    '× 99; --config.training.cpu_devices=99 gives more of them',
+  ),
+  'no_devices': (
+    ['--config.training.mesh.data=0'],
+    'training.mesh.data: expected 1 or more, or -1 for all that are left, got',
   ),
   'bad_steps': (['--config.training.max_bad_steps=0'], 'expected 1 or more'),
   'level': (['--config.data.level=words'], 'level: expected'),
@@ -123,6 +141,14 @@ def test_a_mistake_is_answered_in_one_line(name, run, tmp_path):
   assert not (tmp_path / 'run').exists()
 
 
+@pytest.mark.parametrize('word', ['--help', '-h'])
+def test_help_names_all_flags(word, capsys):
+  assert training_main.main(['train.py', word]) == 0
+  said = capsys.readouterr().out
+  for name in ('config', *training_main.flags.Arguments._fields):
+    assert f'--{name}=' in said
+
+
 def test_config_files_that_do_not_serve_are_named(run, tmp_path):
   (tmp_path / 'other.py').write_text('x = 1\n')
   (tmp_path / 'raises.py').write_text('def get_config(): return oops\n')
@@ -158,7 +184,7 @@ def test_a_workdir_of_another_run_shows_the_difference(config, run, tmp_path):
 
 
 def test_a_workdir_without_a_checkpoint_serves_another_config(
-  config, text, run, tmp_path, capsys
+  config, text, run, tmp_path
 ):
   settings = config(**{'training.steps': 1})
   loop.records.write(tmp_path / 'run', settings, {'sha256': '0' * 64})
@@ -166,12 +192,18 @@ def test_a_workdir_without_a_checkpoint_serves_another_config(
   common += [f'--config.data.path={text}', '--config.seed=1']
   with pytest.raises(AssertionError, match='got as far as running'):
     run(*common)
-  said = capsys.readouterr()
-  assert 'no step of its former config was saved; begins anew' in said.out
-  assert loop.records.load_config(tmp_path / 'run').seed == 1
-  with (
-    loop.lock.held(tmp_path / 'run'),
-    pytest.raises(loop.lock.Locked, match='runs here'),
-  ):
-    loop.train(config(), tmp_path / 'run')
-  assert loop.records.load_config(tmp_path / 'run').seed == 1
+  with loop.lock.held(tmp_path / 'run'):
+    _assert_one_line(run(*common), 'runs here')
+  note = loop.records.check(tmp_path / 'run', config(seed=1), {})
+  assert 'no step of its former config was saved; begins anew' in note
+
+
+def test_a_damaged_config_is_named(config, run, tmp_path, capsys):
+  (tmp_path / 'run').mkdir()
+  (tmp_path / 'run' / 'config.json').write_text('{bad')
+  data = f'--config.data.path={config().data.path}'
+  workdir = '--workdir={tmp}/run'
+  said = run(f'--config={_CONFIG}', workdir, data)
+  _assert_one_line(said, 'run/config.json: not JSON: ')
+  status = command_line.main(['sample', f'--workdir={tmp_path}/run'])
+  _assert_one_line((status, capsys.readouterr().err), 'config.json: not JSON: ')
