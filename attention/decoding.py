@@ -81,20 +81,13 @@ def sample(
   Raises:
     ValueError: an unfit prompt, or numbers out of range.
   """
-  for name, value, is_right, expected in (
-    ('temperature', temperature, temperature >= 0, '0 or more'),
-    ('top_k', top_k, top_k is None or top_k >= 1, '1 or more'),
-    ('top_p', top_p, top_p is None or 0 < top_p <= 1, 'above 0, up to 1'),
-    ('min_p', min_p, min_p is None or 0 <= min_p <= 1, '0 to 1'),
-    (
-      'repetition_penalty',
-      repetition_penalty,
-      repetition_penalty is None or repetition_penalty > 0,
-      'above 0',
-    ),
-  ):
-    if not is_right:
-      raise ValueError(f'{name}: expected {expected}, got {value}')
+  check_strategy(
+    temperature=temperature,
+    top_k=top_k,
+    top_p=top_p,
+    min_p=min_p,
+    repetition_penalty=repetition_penalty,
+  )
 
   def choose(logits, i, held):
     if repetition_penalty is not None:
@@ -116,6 +109,29 @@ def sample(
     end,
     is_holding=repetition_penalty is not None,
   )
+
+
+def check_strategy(**options) -> None:
+  """Checks what `sample` draws by: temperature, top_k, …; None: not at all.
+
+  Raises:
+    ValueError: a number out of range, or an option that isn't there.
+  """
+  for name, value in options.items():
+    if name not in _STRATEGIES:
+      raise ValueError(f'{name}: expected one of {sorted(_STRATEGIES)}')
+    is_right, expected = _STRATEGIES[name]
+    if value is not None and not is_right(value):
+      raise ValueError(f'{name}: expected {expected}, got {value}')
+
+
+_STRATEGIES = {
+  'temperature': (lambda x: x >= 0, '0 or more'),
+  'top_k': (lambda x: x >= 1, '1 or more'),
+  'top_p': (lambda x: 0 < x <= 1, 'above 0, up to 1'),
+  'min_p': (lambda x: 0 <= x <= 1, '0 to 1'),
+  'repetition_penalty': (lambda x: x > 0, 'above 0'),
+}
 
 
 def _penalise(logits, held, penalty):

@@ -6,12 +6,15 @@ import numpy as np
 from matplotlib.figure import Figure
 
 
-def loss_curve(lines: list[dict], path: pathlib.Path) -> None:
+def loss_curve(
+  lines: list[dict], path: pathlib.Path, unit: str = 'nats per token'
+) -> None:
   """Draws the losses of a run against its steps.
 
   Args:
     lines: of metrics.jsonl: dicts with 'step' and 'train/loss', 'eval/loss'.
     path: of the PNG to write.
+    unit: of the losses.
   """
   figure = Figure(figsize=(7, 4.2), layout='constrained')
   axes = figure.subplots()
@@ -31,7 +34,7 @@ def loss_curve(lines: list[dict], path: pathlib.Path) -> None:
           textcoords='offset points',
           va='center',
         )
-  axes.set(xlabel='step', ylabel='nats per token')
+  axes.set(xlabel='step', ylabel=unit)
   axes.spines[['top', 'right']].set_visible(False)
   axes.grid(axis='y', alpha=0.3)
   if axes.lines:

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import math
 import pathlib
+import shlex
 import time
 
 import jax
@@ -155,6 +156,13 @@ class _Run:
         f'stopped by {self.stop.name} at step {done:,}; '
         f'the same command goes on from there: {self.command}'
       )
+      return
+    self.checkpoints.wait()
+    self.report.say(
+      f'finished: see {self.workdir}/checkpoints/{done} and '
+      f'{self.workdir}/plots; to use it: python -m attention '
+      f'{self.task.command} --workdir={shlex.quote(str(self.workdir))}'
+    )
 
   def _begin(self):
     """The state to start from; meanwhile the step is compiled."""
@@ -283,12 +291,16 @@ class _Run:
   def _show(self, params, done):
     example = self.task.example(params, seed=done)
     path = self.workdir / 'samples' / f'{done:08d}.txt'
-    self.report.say(f'a sample, also in {path}:\n{example.strip()}\n')
+    self.report.say(
+      f'{self.task.example_name}, also in {path}:\n{example.strip()}\n'
+    )
     with self._tolerance('samples and plots'):
       path.parent.mkdir(exist_ok=True)
       path.write_text(example)
       folder = self.workdir / 'plots'
-      plots.loss_curve(self.metrics.lines, folder / 'loss.png')
+      plots.loss_curve(
+        self.metrics.lines, folder / 'loss.png', self.task.loss_unit
+      )
       if hasattr(self.task, 'draw'):
         self.task.draw(folder)
       if self._board:

@@ -21,9 +21,20 @@ def _texts(tmp_path):
   return tmp_path / 'texts'
 
 
-def test_digits_train_and_draw_a_confusion_matrix(tmp_path):
+def test_digits_train_and_draw_a_confusion_matrix(
+  tmp_path, monkeypatch, capsys
+):
   config = flags.load_config('configs/digits.py:debug')
+  units = []
+  monkeypatch.setattr(
+    loop.plots, 'loss_curve', lambda _, __, unit: units.append(unit)
+  )
+  (tmp_path / 'plots').mkdir()
   loop.train(config, tmp_path)
+  assert set(units) == {'nats per example'}
+  said = capsys.readouterr().out
+  assert 'the classes most often taken for another, also in' in said
+  assert 'python -m attention evaluate --workdir=' in said
   lines = (tmp_path / 'metrics.jsonl').read_text().splitlines()
   last = json.loads(lines[-1])
   assert last['step'] == 30

@@ -78,6 +78,11 @@ def test_a_run_learns_and_leaves_its_files(config, tmp_path, capsys):
   for word in ('backend', 'parameters', 'data', 'sha256', 'compiling'):
     assert word in said
   assert 'step 30/30  loss' in said
+  assert f'a sample, also in {tmp_path}' in said
+  assert said.endswith(
+    f'checkpoints/30 and {workdir}/plots; to use it: python -m attention '
+    f'sample --workdir={workdir}\n'
+  )
 
 
 def test_a_run_that_ended_says_so_and_changes_nothing(
@@ -226,9 +231,17 @@ def test_sample_continues_the_prompt(ended, capsys):
   assert capsys.readouterr().out == first
   # A prompt longer than the context: its end is what counts.
   assert command_line.main([*words, '--prompt=' + 'the fox ' * 9]) == 0
-  for prompt, message in (('A?', "prompt: symbols '?A'"), ('', 'prompt: exp')):
-    assert command_line.main([*words, f'--prompt={prompt}']) == 2
-    assert message in capsys.readouterr().err
+  capsys.readouterr()
+  for word, message in (
+    ('--prompt=A?', "prompt: symbols '?A'"),
+    ('--prompt=', 'prompt: exp'),
+    ('--temperature=-1', 'temperature: expected 0 or more'),
+    ('--top_k=0', 'top_k: expected 1 or more'),
+  ):
+    assert command_line.main([*words, word]) == 2
+    said = capsys.readouterr()
+    assert message in said.err
+    assert not said.out
 
 
 def test_a_run_can_be_saved_as_gpt2(ended, tmp_path):

@@ -1,4 +1,8 @@
-"""Tasks: what a run trains. Each gives a loss, an evaluation, its batches."""
+"""Tasks: what a run trains. Each gives a loss, an evaluation, its batches.
+
+And what is said of it: `command`, that of python -m attention to use its model
+with, `loss_unit` and `example_name`.
+"""
 
 import pathlib
 

@@ -17,6 +17,10 @@ from attention.models.losses import cross_entropy
 class Classification:
   """A classifier, of `model_fields`, that learns from examples."""
 
+  command = 'evaluate'
+  loss_unit = 'nats per example'
+  example_name = 'the classes most often taken for another'
+
   def __init__(self, labels, vocabulary, shape, model: dict, data=None):
     """See `create` and `load`; `data` is None where nothing is trained."""
     self.labels = labels

@@ -19,6 +19,10 @@ _PIECE = 16  # tokens that a stream writes at once
 class Language:
   """A GPT, of `model_fields`, that learns to continue a text."""
 
+  command = 'sample'
+  loss_unit = 'nats per token'
+  example_name = 'a sample'
+
   def __init__(self, vocabulary, model: dict, data: language.Text | None):
     """See `create` and `load`; `data` is None where nothing is trained."""
     self.vocabulary = vocabulary
@@ -154,6 +158,7 @@ class Language:
     size = max(1, min(_PIECE, self.context_size // 4))
     rng = jax.random.key(seed)
     options = {k: v for k, v in options.items() if v is not None}
+    decoding.check_strategy(**options)
     yield prompt
     drawn, said = [], 0
     while len(drawn) < num_tokens:

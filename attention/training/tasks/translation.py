@@ -21,6 +21,9 @@ _END_LABEL = '·'
 class Translation:
   """An encoder and decoder, of `model_fields`, that learn from pairs."""
 
+  loss_unit = 'nats per token'
+  example_name = 'a few answers'
+
   def __init__(self, config, record: dict, data=None):
     """See `create` and `load`; `data` is None where nothing is trained."""
     json = record['vocabulary']
@@ -29,6 +32,7 @@ class Translation:
     self.max_length = record['max_length']
     self._target_length = record['target_length']
     self._frame_size = record['frame_size']
+    self.command = 'evaluate' if self._frame_size else 'translate'
     self._loss = config.loss.to_dict()
     self._drawn = []  # what `draw` draws
     self._has_files = bool(config.data.path)
