@@ -9,6 +9,8 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 
+from attention.training import work
+
 # Looked up in, not multiplied with.
 _TABLES = ('embeddings', 'positions')
 
@@ -242,7 +244,7 @@ def _memory(parts, attentions):
     ('training: with gradients and two moments', 4 * total),
     ('keys and values of one token', cache),
   ):
-    yield f'  {name:<42}{_bytes(4 * count):>14}'
+    yield f'  {name:<42}{work.show_bytes(4 * count):>14}'
 
 
 def _round(count):
@@ -250,10 +252,3 @@ def _round(count):
     if count >= size:
       return f'{count / size:.3g} {name}'
   return str(count)
-
-
-def _bytes(count):
-  for size, name in ((2**30, 'GiB'), (2**20, 'MiB'), (2**10, 'KiB')):
-    if count >= size:
-      return f'{count / size:,.1f} {name}'
-  return f'{count} B'

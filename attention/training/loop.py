@@ -82,6 +82,7 @@ def prepare(
   )
   with precision.applied(settings.precision):
     step = Step(task, optimizer, schedule, config.seed, mesh, settings)
+  work.check_memory(step.like, mesh)
   note = records.check(workdir, config, task.record())
 
   def record():
@@ -173,7 +174,7 @@ class _Run:
     if self.start:
       state = self.checkpoints.restore(self.start, self.step.like)
     else:
-      state = self.step.init()
+      state = self.step.begin().result()()
     compiling.result()
     self.report.say(f'compiled in {time.perf_counter() - clock:.1f} s')
     if self.start:
@@ -324,7 +325,7 @@ class _Run:
 def _introduce(report, task, step):
   leaves = jax.tree.leaves(step.like['params'])
   count = sum(math.prod(leaf.shape) for leaf in leaves)
-  size = sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves) / 2**20
+  size = sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
   devices = jax.devices()
   shape = ' × '.join(f'{k} {v}' for k, v in step.mesh.shape.items() if v > 1)
   report.say(
@@ -333,5 +334,5 @@ def _introduce(report, task, step):
     + (f', in use: {shape}' if shape else '')
     + (f', {n} processes' if (n := jax.process_count()) > 1 else '')
   )
-  report.say(f'parameters  {count:,} ({size:.1f} MiB)')
+  report.say(f'parameters  {count:,} ({work.show_bytes(size)})')
   report.say(f'data        {task.describe()}')

@@ -27,12 +27,17 @@ class Step:
       donate_argnums=0,
       out_shardings=(shardings, sharding.replicated(mesh)),
     )
-    self._compiler = futures.ThreadPoolExecutor(1)
+    # Not in the main thread, which is the one that signals reach.
+    self._compiler = futures.ThreadPoolExecutor(2)
     self._programs = {}
 
   def place(self, batch: dict) -> dict:
     """Puts a batch on the devices, a share on each."""
     return sharding.place(batch, self.mesh)
+
+  def begin(self) -> futures.Future:
+    """Begins to compile what gives the state to start with."""
+    return self._compiler.submit(self.init.lower().compile)
 
   def compile(self, batch: dict) -> futures.Future:
     """Begins to compile the step for placed batches of that shape."""

@@ -1,5 +1,6 @@
 """How a run is stopped: by SIGTERM or Ctrl-C, all its processes together."""
 
+import os
 import signal
 import threading
 
@@ -8,6 +9,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 _SIGNALS = {signal.SIGINT: 'Ctrl-C', signal.SIGTERM: 'SIGTERM'}
+_SHOW_CURSOR = b'\x1b[?25h'  # which a progress bar hides
 # Processes ask each other every so many steps: it makes them wait.
 _ASKED_EVERY = 10
 
@@ -54,5 +56,9 @@ class StopSignals:
 
   def _catch(self, number, _):
     if self._caught:
-      raise KeyboardInterrupt
+      # Not by an exception: a compilation under way would be waited for. What
+      # is on disk is whole at any moment.
+      if os.isatty(1):
+        os.write(1, _SHOW_CURSOR)
+      os._exit(128 + number)
     self._caught = int(number)

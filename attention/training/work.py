@@ -1,6 +1,7 @@
 """How much a step computes, and how much of what a device could."""
 
 import math
+import os
 
 import jax
 
@@ -65,6 +66,42 @@ def utilisation(flops_per_second: float, mesh) -> float | None:
     if kind.startswith(name):
       return flops_per_second / (peak * mesh.size)
   return None
+
+
+def check_memory(state, mesh) -> None:
+  """Checks that the devices can hold a state at all; more comes to it.
+
+  Args:
+    state: a tree of shapes with shardings.
+    mesh: of the devices; on CPU they share the host's memory.
+
+  Raises:
+    ValueError: they can't.
+  """
+  needed = sum(
+    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    for x in jax.tree.leaves(state)
+  )
+  device, *others = mesh.local_devices
+  if device.platform == 'cpu':
+    needed *= 1 + len(others)
+    there = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+  else:
+    there = (device.memory_stats() or {}).get('bytes_limit', math.inf)
+  if needed > there:
+    raise ValueError(
+      f'model: parameters and optimizer state take {show_bytes(needed)}, where '
+      f'{"this host" if device.platform == "cpu" else "a device"} has '
+      f'{show_bytes(there)}; python -m attention inspect shows what takes it'
+    )
+
+
+def show_bytes(count: int) -> str:
+  """Such as 1.5 GiB."""
+  for size, name in ((2**30, 'GiB'), (2**20, 'MiB'), (2**10, 'KiB')):
+    if count >= size:
+      return f'{count / size:,.1f} {name}'
+  return f'{count} B'
 
 
 def memory_mib(mesh) -> float | None:

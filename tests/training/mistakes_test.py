@@ -88,6 +88,10 @@ _MISTAKES = {
     ['--config.training.precision=bf16'],
     'training.precision: expected params=float32',
   ),
+  'memory': (
+    ['--config.model.model_size=4194304', '--config.model.num_layers=1'],
+    'model: parameters and optimizer state take 2,',
+  ),
   'seed': (['--config.seed=-1'], 'seed: expected 0 to 4294967295, got -1'),
   'large_seed': (['--config.seed=99999999999'], 'seed: expected 0 to'),
   'b1': (['--config.optimizer.b1=2'], 'optimizer.b1: expected in [0, 1), got'),

@@ -108,6 +108,20 @@ def test_sigterm_is_heeded_at_any_moment(train, tmp_path, moment):
   _check_stop(train, tmp_path, moment)
 
 
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_a_compilation_at_once(train, number):
+  words = ['--config.model.num_layers=40', '--config.model.num_heads=4']
+  process = train('run', *words)
+  _wait_for(process, 'compiling')
+  time.sleep(1)
+  clock = time.monotonic()
+  process.send_signal(number)
+  time.sleep(0.5)
+  process.send_signal(number)
+  assert process.wait(timeout=60) == 128 + number
+  assert time.monotonic() - clock < 5
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('moment', _MOMENTS)
 def test_a_stopped_run_ends_as_one_never_stopped(train, tmp_path, moment):
