@@ -12,6 +12,8 @@ from rich.progress import (
   TimeRemainingColumn,
 )
 
+from attention.training import work
+
 
 class Stopwatch:
   """Seconds spent on steps alone."""
@@ -79,7 +81,7 @@ class Reporter:
     if 'train/utilisation' in values:
       parts += [f'{values["train/utilisation"]:.0%} of peak']
     if 'train/memory_mib' in values:
-      parts += [f'{values["train/memory_mib"]:,.0f} MiB']
+      parts += [work.show_bytes(values['train/memory_mib'] * 2**20)]
     line = '  '.join(parts)
     if self._bar:
       self._bar.update(self._task, completed=step, description=line)
