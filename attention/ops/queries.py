@@ -36,7 +36,7 @@ def attention(query, key, value, call: Call, count: int | None = None):
   starts = np.minimum(np.arange(blocks) * count, num_query - count)
   query, key, value = (batching.flatten(x, 3) for x in (query, key, value))
 
-  shared = key, value, call
+  shared = jax.tree.map(jnp.asarray, (key, value, call))
   # In float32, so that their gradients are summed up in it; each block has them
   # in their own dtypes again.
   wide = jax.tree.map(
