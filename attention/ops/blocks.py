@@ -186,7 +186,7 @@ def _finish(call, top, total, values):
     sinks = call.sinks.astype(jnp.float32).reshape(*top.shape[1:3], 1)
     total = total + jnp.exp(sinks - top)
   # Nothing seen: an infinite denominator, so zero weights, here and backwards.
-  total = jnp.where(top < LEAST, jnp.inf, total)
+  total = jnp.where(total > 0, total, jnp.inf)
   return values / total[..., None], top, jnp.log(total)
 
 
@@ -240,7 +240,7 @@ def _forward(plan, query, key, value, call):
         tile = _Tile(row, start, at, key_done, is_whole)
         return _absorb(plan, call, carry, q, k, v, tile)
 
-      top = jnp.full(q.shape[:-1], MASKED)
+      top = jnp.full(q.shape[:-1], LEAST)
       nothing = jnp.zeros((*top.shape, value.shape[-1]))
       softmax = (top, jnp.zeros_like(top), nothing)
       blocks = _finish(call, *_fold_keys(key_step, softmax, plan, number))

@@ -43,10 +43,9 @@ def logits(
     x = call.logit_cap * jnp.tanh(x / call.logit_cap)
   if call.bias is not None:
     x = x + call.bias.to_array(num_query, num_key).astype(jnp.float32)
-  seen = x >= LEAST
   if call.mask is not None:
-    seen &= call.mask.to_array(num_query, num_key)
-  return jnp.where(seen, x, MASKED)
+    x = jnp.where(call.mask.to_array(num_query, num_key), x, MASKED)
+  return x if call.bias is None else jnp.where(x < LEAST, MASKED, x)
 
 
 def softmax(
@@ -86,7 +85,8 @@ def attention(
     value,
     preferred_element_type=jnp.float32,
   ).reshape(*batch, num_query, num_heads, value.shape[-1])
-  # A query that may see no key gets zeros, and passes no gradient on.
-  seen = jnp.swapaxes((x != MASKED).any(-1), -1, -2)  # [*b, q, h]
-  output = jnp.where(seen[..., None], output, 0)
+  if call.mask is not None or call.bias is not None:
+    # A query that may see no key gets zeros, and passes no gradient on.
+    seen = jnp.swapaxes((x != MASKED).any(-1), -1, -2)  # [*b, q, h]
+    output = jnp.where(seen[..., None], output, 0)
   return output.astype(query.dtype)

@@ -22,6 +22,9 @@ from attention.ops.masks import LEAST, MASKED
 # which is at its best at 8 MiB; the backward one, of several kernels, at 2 MiB.
 _FORWARD_SIZE, _BACKWARD_SIZE = 2**21, 2**19
 _MANY_KEYS = 256  # from here on XLA's sum over them costs more than a product
+# Added to sums of exponentials, to divide by them: nothing beside the largest,
+# which is 1.
+_NOTHING = 1e-9
 
 
 def attention(query, key, value, call: Call, rows: tuple | None = None):
@@ -101,8 +104,8 @@ def _softmax(call, batch, row, query, key):
   """The softmax before its division.
 
   Returns:
-    exp [r, h, q, k], its sums with the sink's [r, h, q], 1 or 0 where nothing
-    is seen (or None) [r, h, q], the sink's exponentials, the logits before the
+    exp [r, h, q, k], all 0 for a query that sees nothing; its sums with the
+    sink's [r, h, q], never 0; the sink's exponentials; the logits before the
     bias (where capped).
   """
   r, q = query.shape[:2]
@@ -113,7 +116,7 @@ def _softmax(call, batch, row, query, key):
     x = _products(query, key) * call.scale
   if call.logit_cap is not None:
     x = call.logit_cap * jnp.tanh(x / call.logit_cap)
-  logits, seen = x, None
+  logits = x
   if call.bias is not None:
     logits = logits + call.bias.tile(batch, row, r, 0, q, 0, k)
   if call.mask is not None:
@@ -121,16 +124,14 @@ def _softmax(call, batch, row, query, key):
     mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
     # A sum, which XLA fuses with what comes after; a select it would not.
     logits = logits + jnp.where(mask, 0.0, MASKED)
-  top = logits.max(-1)
-  if call.bias is not None or call.mask is not None:
-    seen, top = top >= LEAST, jnp.maximum(top, MASKED)
+  top = jnp.maximum(logits.max(-1), LEAST)
   if call.sinks is None:
     exp = jnp.exp(logits - top[..., None])
-    return exp, exp.sum(-1), seen, None, x
+    return exp, exp.sum(-1) + _NOTHING, None, x
   sinks = call.sinks.astype(jnp.float32)[:, None]
   top = jnp.maximum(top, sinks)
   exp, sink_exp = jnp.exp(logits - top[..., None]), jnp.exp(sinks - top)
-  return exp, exp.sum(-1) + sink_exp, seen, sink_exp, x
+  return exp, exp.sum(-1) + sink_exp, sink_exp, x
 
 
 def _factor(call, row, shape):
@@ -141,12 +142,10 @@ def _factor(call, row, shape):
 
 def _row_step(call, batch, row, query, key, value):
   """The output of some rows, [r, q, h, e]."""
-  exp, total, seen, _, _ = _softmax(call, batch, row, query, key)
+  exp, total, _, _ = _softmax(call, batch, row, query, key)
   if call.dropout is not None:
     exp = exp * _factor(call, row, exp.shape)
   output = _sum_keys(exp, value) / total[..., None]
-  if seen is not None:
-    output = jnp.where(seen[..., None], output, 0)
   return output.swapaxes(1, 2).astype(query.dtype)
 
 
@@ -158,13 +157,11 @@ def _per_query(x):
 def _row_gradients(call, batch, row, query, key, value, d_output):
   """Gradients of some rows' query, key and value, logits and sinks."""
   groups = key.shape[2]
-  exp, total, seen, sink_exp, x = _softmax(call, batch, row, query, key)
+  exp, total, sink_exp, x = _softmax(call, batch, row, query, key)
   # Barriers cut the work where XLA would compute things again for each reader,
   # or put all of it into one kernel that runs on one core.
   exp, total = lax.optimization_barrier((exp, total))
   inverse = 1 / total
-  if seen is not None:
-    inverse = jnp.where(seen, inverse, 0)
   # The softmax's division goes to the output's gradient, which is smaller than
   # the weights (in float32: it would underflow in float16).
   d_output, used = _per_query(inverse) * d_output, exp
