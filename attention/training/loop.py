@@ -174,7 +174,8 @@ class _Run:
     if self.start:
       state = self.checkpoints.restore(self.start, self.step.like)
     else:
-      state = self.step.begin().result()()
+      init = self.step.compile_init().result()
+      state = init()
     compiling.result()
     self.report.say(f'compiled in {time.perf_counter() - clock:.1f} s')
     if self.start:

@@ -35,7 +35,7 @@ class Step:
     """Puts a batch on the devices, a share on each."""
     return sharding.place(batch, self.mesh)
 
-  def begin(self) -> futures.Future:
+  def compile_init(self) -> futures.Future:
     """Begins to compile what gives the state to start with."""
     return self._compiler.submit(self.init.lower().compile)
 
