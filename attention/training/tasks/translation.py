@@ -276,8 +276,10 @@ class Translation:
   def draw(self, folder) -> None:
     """Cross-attention at the last evaluation, in two held-out sentences."""
     for n, (queries, keys, found) in enumerate(self._drawn):
-      heads = plots.rows(found)[-1][1]  # of the last layer
-      figure = plots.pattern(heads.mean(0), queries, keys)
+      layer, heads = plots.rows(found)[-1]
+      figure = plots.pattern(
+        heads.mean(0), queries, keys, title=f'{layer}, mean of all heads'
+      )
       figure.savefig(folder / f'cross_attention_{n}.png', dpi=120)
 
   def patterns(self, params, text: str, **selection) -> dict:
