@@ -140,7 +140,7 @@ class Cache:
       seen = (slots >= self.start[..., None])[..., None, None, :]
     if self.key is None:
       # The whole sequence so far: descriptions hold as they are.
-      if mask is not None and mask.arrays():
+      if mask is not None and mask.has_positions:
         mask = Mask.dense(mask.tile(0, num_query, 0, num_key))
       if seen is None:
         return mask

@@ -304,6 +304,11 @@ class Mask:
     for condition in self.conditions:
       condition.check(batch, num_query, num_key)
 
+  @property
+  def has_positions(self) -> bool:
+    """Whether arrays in it have an axis of positions: only so many fit."""
+    return any(c.trailing for c in self.conditions)
+
   def arrays(self):
     """The dense arrays in it, whose shapes the caller checks."""
     return [c.array for c in self.conditions if isinstance(c, _Dense)]
