@@ -115,7 +115,7 @@ class Attention(gated.GatedAttention):
 
 
 class _AttentionWithBias(Attention):
-  """`Attention` as AlphaFold before 2.3.1 and ColabFold's call it.
+  """`Attention` as older AlphaFolds and ColabFold's call it.
 
   In place of the mask comes what masks when added to the logits: 0, or a large
   negative number.

@@ -81,7 +81,7 @@ class Reporter:
     if 'train/utilisation' in values:
       parts += [f'{values["train/utilisation"]:.0%} of peak']
     if 'train/memory_mib' in values:
-      parts += [work.show_bytes(values['train/memory_mib'] * 2**20)]
+      parts += [work.show_bytes(round(values['train/memory_mib'] * 2**20))]
     line = '  '.join(parts)
     if self._bar:
       self._bar.update(self._task, completed=step, description=line)

@@ -59,7 +59,7 @@ def model(config, x, mask):
 """
 
 
-# As AlphaFold was before 2.3.1, and ColabFold's is.
+# As older AlphaFolds are, and ColabFold's is.
 _WITH_BIAS = (
   _MODULES.replace('m_data, mask,', 'm_data, bias,')
   .replace('jnp.where(mask, logits, -1e9)', 'logits + bias')
