@@ -131,7 +131,7 @@ class Cache:
     if len(got) > 2:
       heads = got[-3]  # for attention to check, which knows the queries'
     shape = (*batch, heads, size, size)
-    checks._check_broadcast(name, got, shape, short)
+    checks.check_broadcast(name, got, shape, short)
 
   def _mask(self, mask, num_query, num_key):
     slots = jnp.arange(num_key)

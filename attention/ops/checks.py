@@ -42,7 +42,7 @@ def check(
   if mask is not None:
     mask.check(tuple(batch), num_query, key.shape[-3])
     for array in mask.arrays():
-      _check_broadcast('mask', array.shape, shape, short='[q, k]')
+      check_broadcast('mask', array.shape, shape, short='[q, k]')
   if is_causal:
     causal = Mask.causal()
     mask = causal if mask is None else mask & causal
@@ -56,7 +56,7 @@ def check(
   elif bias is not None:
     bias = jnp.asarray(bias)
     check_float('bias', bias)
-    _check_broadcast('bias', bias.shape, shape, short='[h, q, k]')
+    check_broadcast('bias', bias.shape, shape, short='[h, q, k]')
     bias = ArrayBias(bias.reshape((1,) * (len(shape) - bias.ndim) + bias.shape))
   if sinks is not None:
     sinks = jnp.asarray(sinks)
@@ -158,7 +158,7 @@ def _check_inputs(query, key, value):
   return query, key, value
 
 
-def _check_broadcast(name, got, shape, short):
+def check_broadcast(name, got, shape, short):
   """A mask or bias fits the logits' shape, and could not mean another axis."""
   rank = len(shape)
   logits = f'the logits [*b, h, q, k] = {shape}'
