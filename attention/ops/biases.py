@@ -106,7 +106,7 @@ class ArrayBias(Bias):
     return ArrayBias(gradient)
 
 
-class _Relative(Bias):
+class Relative(Bias):
   """A function of key - query and of a few parameters."""
 
   def at(self, distance) -> jax.Array:
@@ -115,6 +115,16 @@ class _Relative(Bias):
 
   def to_array(self, num_query, num_key):
     return self._block(0, num_query, 0, num_key)
+
+  def by_distance(self, num_query: int, num_key: int) -> jax.Array:
+    """[h or 1, q + k - 1] float32, of distances from 1 - q to k - 1."""
+    return self.at(jnp.arange(1 - num_query, num_key)[None])[:, 0]
+
+  def distance_gradient(self, gradient, num_query: int, num_key: int):
+    """The bias's own gradient, of `by_distance`'s."""
+    exact = jax.tree.map(lambda x: x.astype(jnp.float32), self)
+    _, vjp = jax.vjp(lambda bias: bias.by_distance(num_query, num_key), exact)
+    return self.finish_gradient(vjp(gradient)[0])
 
   def _block(self, query, num_query, key, num_key):
     keys = key + jnp.arange(num_key)
@@ -143,7 +153,7 @@ class _Relative(Bias):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Alibi(_Relative):
+class Alibi(Relative):
   """-slope · |query - key| (Press et al. 2022)."""
 
   slopes: object  # [h]
@@ -155,7 +165,7 @@ class Alibi(_Relative):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class RelativeBuckets(_Relative):
+class RelativeBuckets(Relative):
   """An entry of a learned table for each bucket of distances (T5)."""
 
   table: object  # [num_buckets, h]

@@ -1,27 +1,38 @@
 """The one attention function: check, canonicalise, dispatch."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention.ops import chunked, reference, weights
+from attention.ops import cudnn, reference, weights
 from attention.ops.checks import check, check_float
+from attention.ops.chunked import Chunked
+from attention.ops.fused import Triton
+from attention.ops.implementation import ByPlatform, Implementation, Refused
+from attention.ops.platforms import PLATFORMS, canonical, default_platform
 from attention.ops.softmax import stable_softmax
 
 
-def _fused(query, key, value, call):
-  raise NotImplementedError(
-    f'no fused kernel for platform {jax.default_backend()!r} yet'
-  )
+@dataclasses.dataclass(frozen=True)
+class _Missing(Implementation):
+  """No implementation of that name exists for the platform."""
+
+  platform: str
+
+  def refusal(self, *_):
+    return f'no kernel for platform {self.platform!r}'
 
 
-# Best first. Each takes (query, key, value, call), all checked, and raises
-# NotImplementedError with the reason if it doesn't serve the call.
+# Best first: the implementation of each platform; None stands for the others.
 _IMPLEMENTATIONS = {
-  'fused': _fused,
-  'chunked': chunked.attention,
-  'reference': reference.attention,
+  'fused': {'cuda': Triton()},
+  'chunked': {'cpu': Chunked(), None: Chunked(is_cpu=False)},
+  'reference': {None: reference.Reference()},
+  'cudnn': {'cuda': cudnn.Cudnn()},
 }
+_DEFAULT = ('fused', 'chunked', 'reference')
 
 
 def dot_product_attention(
@@ -60,8 +71,9 @@ def dot_product_attention(
       (OpenAI 2025, gpt-oss model card).
     dropout_rate: probability of dropping a weight, in [0, 1).
     dropout_rng: a key of `jax.random`; needed if dropout_rate > 0.
-    implementation: a name ('chunked', 'reference', 'fused'), names in order
-      of preference, or None: the best that serves the call.
+    implementation: a name ('fused', 'chunked', 'reference', 'cudnn'), names in
+      order of preference, or None: the best for the platform that the program
+      is lowered for, out of the first three.
 
   Returns:
     [*b, q, h, e] in the dtype of `query`.
@@ -69,8 +81,9 @@ def dot_product_attention(
   Raises:
     ValueError: arguments that don't fit; says which, what was expected, what
       came.
-    NotImplementedError: an implementation asked for by name doesn't serve the
-      call; says why.
+    NotImplementedError: no implementation that is named can compute the call;
+      says why. Where that depends on the platform, it is raised when the
+      program is lowered for that platform.
   """
   query, key, value, call = check(
     query,
@@ -117,43 +130,70 @@ def additive_attention(
 
 
 def _dispatch(implementation, *checked):
+  names = _names(implementation)
+  choices = tuple((p, _choose(names, p, *checked)) for p in PLATFORMS)
+  chosen = {choice for _, choice in choices}
+  usable = {c for c in chosen if not isinstance(c, Refused)}
+  if not usable:
+    raise NotImplementedError(dict(choices)[default_platform()].reason)
+  if len(chosen) == 1:
+    (only,) = chosen
+    return only(*checked)
+  return ByPlatform(choices)(*checked)
+
+
+def _choose(names, platform, *checked):
+  """The first implementation that can compute the call on the platform."""
   reasons = []
-  for name in _names(implementation):
-    try:
-      return _IMPLEMENTATIONS[name](*checked)
-    except NotImplementedError as reason:
-      reasons.append(f'{name}: {reason}')
-  raise NotImplementedError('; '.join(reasons))
+  for name in names:
+    implementation = _find(name, platform)
+    reason = implementation.refusal(*checked)
+    if reason is None:
+      return implementation
+    reasons.append(f'{name}: {reason}')
+  return Refused('; '.join(reasons))
 
 
-def explain(query, key, value, **arguments) -> list:
-  """Which implementation serves a call, and why not the others.
+def _find(name, platform):
+  by_platform = _IMPLEMENTATIONS[name]
+  missing = by_platform.get(None, _Missing(platform))
+  return by_platform.get(platform, missing)
 
-  Takes the arguments of `dot_product_attention`, of which query, key and value
-  may be `jax.ShapeDtypeStruct`s; computes nothing.
+
+def explain(query, key, value, *, platform=None, **arguments) -> list:
+  """Which implementation a call dispatches to, and why not to the others.
+
+  Args:
+    query: as in `dot_product_attention`, as are key, value and all other
+      arguments; query, key and value may be `jax.ShapeDtypeStruct`s, as
+      nothing is computed.
+    key: see above.
+    value: see above.
+    platform: 'cpu', 'cuda', 'rocm' or 'tpu', whether it is here or not; by
+      default that of this process.
+    **arguments: see above.
 
   Returns:
     A list of (implementation, 'chosen', 'not needed' or why not).
 
   Raises:
-    ValueError: as `dot_product_attention`.
+    ValueError: as `dot_product_attention`; an unknown platform.
   """
-  implementation = arguments.pop('implementation', None)
-  told = []
-  for name in _names(implementation):
-    if told and told[-1][1] in ('chosen', 'not needed'):
-      told.append((name, 'not needed'))
-      continue
+  platform = canonical(platform) if platform else default_platform()
+  names = _names(arguments.pop('implementation', None))
+  found = []
 
-    def call(query, key, value, name=name):
-      return _IMPLEMENTATIONS[name](*check(query, key, value, **arguments))
+  def visit(query, key, value):
+    checked = check(query, key, value, **arguments)
+    for name in names:
+      if found and found[-1][1] in ('chosen', 'not needed'):
+        found.append((name, 'not needed'))
+      else:
+        reason = _find(name, platform).refusal(*checked)
+        found.append((name, reason or 'chosen'))
 
-    try:
-      jax.eval_shape(call, query, key, value)
-      told.append((name, 'chosen'))
-    except NotImplementedError as reason:
-      told.append((name, str(reason)))
-  return told
+  jax.eval_shape(visit, query, key, value)
+  return found
 
 
 def attention_weights(query, key, *, heads=None, queries=None, **arguments):
@@ -217,7 +257,7 @@ def self_attention(x):
 
 def _names(implementation):
   if implementation is None:
-    return list(_IMPLEMENTATIONS)
+    return list(_DEFAULT)
   names = (
     [implementation]
     if isinstance(implementation, str)

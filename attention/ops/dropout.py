@@ -52,11 +52,16 @@ class Dropout:
       key: first key of the block.
       num_key: keys in the block.
     """
-    row = _mix(jnp.asarray(row).astype(jnp.uint32) + self.seed[0])
-    queries = self.start + query + jnp.arange(num_query)
-    queries = queries.astype(jnp.uint32)
-    keys = (key + jnp.arange(num_key)).astype(jnp.uint32)
-    line = _mix((row[..., None] ^ queries) + self.seed[1])
-    bits = _mix(line[..., None] ^ _mix(keys + self.seed[0]))
+    row = jnp.asarray(row)[..., None, None]
+    queries = query + jnp.arange(num_query)[:, None]
+    return self.kept_at(row, queries, key + jnp.arange(num_key))
+
+  def kept_at(self, row, queries, keys):
+    """The same at positions: bool, of integer arrays that broadcast."""
+    row, queries, keys = (
+      x.astype(jnp.uint32) for x in (row, self.start + queries, keys)
+    )
+    line = _mix((_mix(row + self.seed[0]) ^ queries) + self.seed[1])
+    bits = _mix(line ^ _mix(keys + self.seed[0]))
     threshold = jnp.uint32(round(self.rate * (2**32 - 1)))
     return bits >= threshold

@@ -20,7 +20,16 @@ def _expand(value):
   return jnp.asarray(value)[..., None, None, None] if np.ndim(value) else value
 
 
-class _Condition:
+def _within(length, other_first, other_length):
+  """What is seen below `length`: nothing if the others lie past theirs."""
+  high = None if length is None else length - 1
+  if other_length is None:
+    return None, high
+  is_past = other_first >= other_length
+  return None, jnp.where(is_past, -1, 2**30 if high is None else high)
+
+
+class Condition:
   """One part of a mask: ints and None are static, everything else is a leaf."""
 
   trailing = 0  # axes of its arrays behind the batch
@@ -50,9 +59,27 @@ class _Condition:
       object.__setattr__(self, field.name, value)
     return self
 
+  def at(self, queries, keys):
+    """The condition on positions, two integer arrays that broadcast."""
+    raise NotImplementedError
+
   def tile(self, query, num_query, key, num_key):
     """The condition on a block of the logits, broadcastable to it."""
-    raise NotImplementedError
+    queries = (query + jnp.arange(num_query))[:, None]
+    return self.at(queries, key + jnp.arange(num_key))
+
+  def key_range(self, first, last):
+    """(low, high): queries first … last see no key outside low … high.
+
+    None is no bound. Numbers may be traced; the condition is one row's.
+    """
+    del first, last
+    return None, None
+
+  def query_range(self, first, last):
+    """(low, high): keys first … last are seen by queries low … high only."""
+    del first, last
+    return None, None
 
   def diagonals(self):
     """Static (low, high): keys outside query + [low, high] are never seen."""
@@ -75,22 +102,32 @@ class _Condition:
     return jax.tree.unflatten(tree, leaves)
 
 
-class _Band(_Condition):
+class Band(Condition):
   """low <= key - query <= high; None is no bound."""
 
   low: object
   high: object
 
-  def tile(self, query, num_query, key, num_key):
-    distance = (key + jnp.arange(num_key)) - (query + jnp.arange(num_query))[
-      :, None
-    ]
+  def at(self, queries, keys):
+    distance = keys - queries
     seen = True
     if self.low is not None:
       seen = seen & (distance >= _expand(self.low))
     if self.high is not None:
       seen = seen & (distance <= _expand(self.high))
-    return jnp.broadcast_to(seen, (1, 1)) if seen is True else seen
+    return jnp.ones((1, 1), bool) if seen is True else seen
+
+  def key_range(self, first, last):
+    return (
+      None if self.low is None else first + self.low,
+      None if self.high is None else last + self.high,
+    )
+
+  def query_range(self, first, last):
+    return (
+      None if self.high is None else first - self.high,
+      None if self.low is None else last - self.low,
+    )
 
   def diagonals(self):
     return tuple(
@@ -98,24 +135,28 @@ class _Band(_Condition):
     )
 
 
-class _Lengths(_Condition):
+class Lengths(Condition):
   """Queries and keys at and past their lengths see and are seen by none."""
 
   query_lengths: object
   key_lengths: object
 
-  def tile(self, query, num_query, key, num_key):
-    seen = jnp.ones((1, 1), bool)
+  def at(self, queries, keys):
+    seen = True
     if self.query_lengths is not None:
-      queries = (query + jnp.arange(num_query))[:, None]
       seen = seen & (queries < _expand(self.query_lengths))
     if self.key_lengths is not None:
-      keys = key + jnp.arange(num_key)
       seen = seen & (keys < _expand(self.key_lengths))
-    return seen
+    return jnp.ones((1, 1), bool) if seen is True else seen
+
+  def key_range(self, first, last):
+    return _within(self.key_lengths, first, self.query_lengths)
+
+  def query_range(self, first, last):
+    return _within(self.query_lengths, first, self.key_lengths)
 
 
-class _Segments(_Condition):
+class Segments(Condition):
   """Positions see those with the same id."""
 
   trailing = 1
@@ -136,18 +177,22 @@ class _Segments(_Condition):
     return (queries[..., :, None] == keys[..., None, :])[..., None, :, :]
 
 
-class _Prefix(_Condition):
+class Prefix(Condition):
   """Keys before the length are seen by all, the rest causally."""
 
   lengths: object
 
-  def tile(self, query, num_query, key, num_key):
-    queries = (query + jnp.arange(num_query))[:, None]
-    keys = key + jnp.arange(num_key)
+  def at(self, queries, keys):
     return (keys <= queries) | (keys < _expand(self.lengths))
 
+  def key_range(self, first, last):
+    return None, jnp.maximum(last, self.lengths - 1)
 
-class _Dense(_Condition):
+  def query_range(self, first, last):
+    return jnp.where(first < self.lengths, 0, first), None
+
+
+class Dense(Condition):
   """An array, [q, k] or of the logits' rank; size-1 axes broadcast."""
 
   trailing = 3
@@ -189,20 +234,20 @@ class Mask:
   @classmethod
   def causal(cls, offset=0) -> 'Mask':
     """Query i sees keys j <= i + offset; offset: int or [*b] integers."""
-    return cls((_Band(None, _int_or_array('offset', offset)),))
+    return cls((Band(None, _int_or_array('offset', offset)),))
 
   @classmethod
   def window(cls, left=None, right=None) -> 'Mask':
     """Query i sees keys i - left <= j <= i + right; None is no bound."""
     left, right = _int_or_array('left', left), _int_or_array('right', right)
-    return cls((_Band(None if left is None else -left, right),))
+    return cls((Band(None if left is None else -left, right),))
 
   @classmethod
   def lengths(cls, query_lengths=None, key_lengths=None) -> 'Mask':
     """Positions at and past the lengths are padding; int or [*b] integers."""
     return cls(
       (
-        _Lengths(
+        Lengths(
           _int_or_array('query_lengths', query_lengths),
           _int_or_array('key_lengths', key_lengths),
         ),
@@ -218,12 +263,12 @@ class Mask:
         raise ValueError(
           f'{name}: expected an array [*b, positions], got {ids}'
         )
-    return cls((_Segments(_array(query_ids), _array(key_ids)),))
+    return cls((Segments(_array(query_ids), _array(key_ids)),))
 
   @classmethod
   def prefix(cls, lengths) -> 'Mask':
     """Keys before `lengths` (int, [*b]) are seen by all, others causally."""
-    return cls((_Prefix(_int_or_array('lengths', lengths)),))
+    return cls((Prefix(_int_or_array('lengths', lengths)),))
 
   @classmethod
   def dense(cls, array) -> 'Mask':
@@ -243,7 +288,7 @@ class Mask:
       raise ValueError(
         f'mask: expected an array [q, k] or [*b, h, q, k], got {array.shape}'
       )
-    return cls((_Dense(array),))
+    return cls((Dense(array),))
 
   def __and__(self, other: 'Mask') -> 'Mask':
     if not isinstance(other, Mask):
@@ -288,7 +333,7 @@ class Mask:
   def is_band(self) -> bool:
     """Whether all keys within the static diagonals are seen."""
     return all(
-      isinstance(c, _Band)
+      isinstance(c, Band)
       and isinstance(c.low, int | None)
       and isinstance(c.high, int | None)
       for c in self.conditions
@@ -311,7 +356,7 @@ class Mask:
 
   def arrays(self):
     """The dense arrays in it, whose shapes the caller checks."""
-    return [c.array for c in self.conditions if isinstance(c, _Dense)]
+    return [c.array for c in self.conditions if isinstance(c, Dense)]
 
   def tree_flatten(self):
     return self.conditions, None

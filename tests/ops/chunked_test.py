@@ -11,9 +11,12 @@ from hypothesis import strategies as st
 
 import attention
 from attention import Mask
-from attention.ops import biases, blocks, chunked, reference, rows
+from attention.ops import biases, reference
 from attention.ops.checks import check
-from attention.ops.tiles import Tiles, find_spans
+from attention.ops.chunked import Chunked
+from attention.ops.chunked.blocks import Blocks
+from attention.ops.chunked.rows import Rows
+from attention.ops.chunked.tiles import Tiles, find_spans
 
 B, Q, K, H, G, D, E = (2, 3), 13, 17, 6, 2, 5, 7
 _RNG = np.random.default_rng(0)
@@ -49,10 +52,11 @@ BIASES = {
 }
 # Ragged and even, one block and many; rows forward and backward.
 CUTS = {
-  'rows': lambda *a: rows.attention(*a, rows=(2, 3)),
-  'row': lambda *a: rows.attention(*a, rows=(6, 1)),
-  'blocks': lambda *a: blocks.attention(*a, tiles=Tiles(1, 4, 5)),
-  'wide': lambda *a: blocks.attention(*a, tiles=Tiles(2, 13, 6)),
+  'rows': Rows(2 * H * Q * K, 3 * H * Q * K),
+  'row': Rows(6 * H * Q * K, H * Q * K),
+  'blocks': Blocks(Tiles(1, 4, 5)),
+  'wide': Blocks(Tiles(2, 13, 6)),
+  'few_pieces': Chunked(is_cpu=False),
 }
 _each_loop = pytest.mark.parametrize('cut', ['rows', 'blocks'])
 
@@ -174,10 +178,7 @@ def test_any_shape_gives_the_reference_and_its_gradients(data, assert_close):
     key_lengths=np.full(batch, draw(0, k))
   )
 
-  def cut(*args):
-    return blocks.attention(*args, tiles=tiles)
-
-  for implementation in (cut, lambda *a: rows.attention(*a)):
+  for implementation in (Blocks(tiles), Rows()):
     _assert_same(implementation, arrays, assert_close, (h, q, k), mask=mask)
 
 
@@ -327,7 +328,7 @@ def test_empty_axes_are_left_to_the_reference():
 def test_chunked_chooses_by_the_size_of_a_row():
   def seen(length):
     x = jax.ShapeDtypeStruct((2, length, 2, 8), jnp.float32)
-    text = jax.jit(lambda x: chunked.attention(*check(x, x, x))).lower(x)
+    text = jax.jit(lambda x: Chunked()(*check(x, x, x))).lower(x)
     return 'while' in text.as_text()
 
   assert not seen(64)

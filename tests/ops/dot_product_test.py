@@ -1,5 +1,7 @@
 """The contract of `dot_product_attention`, for every implementation."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -173,10 +175,83 @@ def test_default_serves_every_call(qkv, assert_close):
   assert_close(attention.dot_product_attention(*qkv), _exact(*qkv))
 
 
-def test_explain_names_one_as_chosen_and_says_why_not_fused(qkv):
-  told = dict(attention.explain(*qkv, is_causal=True))
-  assert list(told.values()).count('chosen') == 1
-  assert 'no fused kernel' in told['fused']
+def test_explain_follows_the_platform(qkv):
+  def told(platform):
+    return dict(attention.explain(*qkv, is_causal=True, platform=platform))
+
+  for platform in ('cpu', 'tpu', 'rocm'):
+    reasons = told(platform)
+    assert reasons['fused'] == f'no kernel for platform {platform!r}'
+    assert reasons['chunked'] == 'chosen'
+  assert told('gpu') == told('cuda')
+  assert told('cuda')['fused'] == 'chosen'
+  with pytest.raises(ValueError, match="platform: expected one of .*'vulkan'"):
+    told('vulkan')
+
+
+def _a_gpu():
+  """What newer JAX asks for where no GPU is attached."""
+  if jax.__version_info__ < (0, 11):
+    return contextlib.nullcontext()
+  device = jax.sharding.AbstractDevice('NVIDIA H100', 1, 'cuda')
+  explicit = (jax.sharding.AxisType.Explicit,)
+  mesh = jax.sharding.AbstractMesh(
+    (1,), ('x',), explicit, abstract_device=device
+  )
+  return jax.sharding.use_abstract_mesh(mesh)
+
+
+def test_the_choice_follows_the_platform_lowered_for(qkv):
+  def text(platform):
+    function = jax.jit(attention.dot_product_attention)
+    lowered = function.trace(*qkv).lower(lowering_platforms=(platform,))
+    return lowered.as_text()
+
+  with _a_gpu():
+    assert 'attention_forward_kernel' in text('cuda')
+  assert 'attention_forward_kernel' not in text('cpu')
+  with pytest.raises(NotImplementedError, match="fused: .*platform 'tpu'"):
+    function = jax.jit(
+      lambda *a: attention.dot_product_attention(*a, implementation='fused')
+    )
+    function.trace(*qkv).lower(lowering_platforms=('tpu',))
+
+
+def test_every_branch_can_be_mapped(qkv, assert_close):
+  stacked = [jnp.stack([x, 2 * x], 1) for x in qkv]
+  mapped = jax.vmap(attention.dot_product_attention, 1, 1)(*stacked)
+  for i in (0, 1):
+    alone = attention.dot_product_attention(*(x[:, i] for x in stacked))
+    assert_close(mapped[:, i], alone)
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'reason'),
+  [
+    (dict(bias=jnp.zeros((H, Q, K))), 'bias is not supported'),
+    (dict(logit_cap=3.0), 'logit_cap is not supported'),
+    (dict(mask=Mask.causal(1)), 'only causal ones'),
+    (dict(mask=Mask.prefix(2)), 'a mask of prefix'),
+    (dict(mask=Mask.window(2) & Mask.lengths(None, 3)), 'only causal ones'),
+    (dict(mask=Mask.window(2, 0) & Mask.lengths(None, 3)), 'chosen'),
+    (dict(is_causal=True), 'chosen'),
+  ],
+)
+def test_cudnn_says_what_it_does_not_compute(arguments, reason):
+  q = jax.ShapeDtypeStruct((B, Q, H, 16), jnp.bfloat16)
+  k = jax.ShapeDtypeStruct((B, K, G, 16), jnp.bfloat16)
+  ((_, told),) = attention.explain(
+    q, k, k, platform='cuda', implementation='cudnn', **arguments
+  )
+  assert reason in told
+
+
+def test_cudnn_refuses_float32_and_other_platforms(qkv):
+  for platform, reason in (('cuda', 'expected bfloat16'), ('cpu', 'no kernel')):
+    ((_, told),) = attention.explain(
+      *qkv, platform=platform, implementation='cudnn'
+    )
+    assert reason in told
 
 
 def test_explain_takes_shapes():

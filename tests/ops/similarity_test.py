@@ -7,8 +7,9 @@ import pytest
 
 import attention
 from attention import Mask
-from attention.ops import queries, reference, similarity
+from attention.ops import reference, similarity
 from attention.ops.checks import check
+from attention.ops.chunked.queries import Queries
 
 B, Q, K, H, G, D, E = 3, 5, 7, 6, 2, 11, 13
 IMPLEMENTATIONS = ('reference', 'chunked')
@@ -73,12 +74,10 @@ def test_additive_some_queries_at_a_time_has_the_same_gradients(
     )
     return (attend(*qkv, call) * weights).sum()
 
-  def some(*args):
-    return queries.attention(*args, count=count)
-
   expected = jax.value_and_grad(loss, (0, 1, 2))(
     qkvv, bias, sinks, reference.attention
   )
+  some = Queries(count=count)
   actual = jax.value_and_grad(loss, (0, 1, 2))(qkvv, bias, sinks, some)
   jax.tree.map(assert_close, actual, expected)
 
@@ -108,7 +107,7 @@ def test_additive_sums_gradients_in_float32(arrays):
 
   def loss(value):
     *inputs, call = check(query, key, value, vector=vector)
-    return queries.attention(*inputs, call, count=1).astype(jnp.float32).sum()
+    return Queries(count=1)(*inputs, call).astype(jnp.float32).sum()
 
   gradient = jax.jit(jax.grad(loss))(value).astype(jnp.float32)
   # Each query's weights add up to 1.

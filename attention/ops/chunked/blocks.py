@@ -8,33 +8,57 @@ import dataclasses
 import functools
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 from attention.ops import batching
-from attention.ops.call import Call
+from attention.ops.chunked.tiles import Span, Tiles, find_spans
+from attention.ops.implementation import Implementation, gradient_of_call
 from attention.ops.masks import LEAST, MASKED
-from attention.ops.tiles import Span, Tiles, find_spans
 
 
-def attention(query, key, value, call: Call, tiles: Tiles | None = None):
-  """See `dot_product_attention`; the arguments are checked already."""
-  *batch, num_query, num_heads, _ = query.shape
-  num_key, num_groups, value_size = value.shape[-3:]
-  tiles = tiles or Tiles.choose(num_heads, num_query, num_key)
-  query, key, value = (batching.flatten(x, 3) for x in (query, key, value))
-  plan = _Plan(
-    tuple(batch),
-    num_query,
-    num_key,
-    num_groups,
-    tiles,
-    find_spans(call.mask, num_query, num_key, tiles),
-  )
-  output = _attention(plan, query, key, value, call)
-  return output.reshape(*batch, num_query, num_heads, value_size)
+@dataclasses.dataclass(frozen=True)
+class Blocks(Implementation):
+  """Tiles of queries × keys."""
+
+  tiles: Tiles | None = None  # chosen by shape
+
+  def forward(self, query, key, value, call):
+    *batch, num_query, num_heads, _ = query.shape
+    plan = self._plan(query, key, call)
+    flat = (batching.flatten(x, 3) for x in (query, key, value))
+    return [
+      x.reshape(*batch, num_query, num_heads, *x.shape[3:])
+      for x in _forward(plan, *flat, call)
+    ]
+
+  def backward(self, query, key, value, call, output, top, log_total, d_output):
+    plan = self._plan(query, key, call)
+    query_like, key_like, value_like = query, key, value
+    query, key, value, output, d_output = (
+      batching.flatten(x, 3) for x in (query, key, value, output, d_output)
+    )
+    top, log_total = (batching.flatten(x, 2) for x in (top, log_total))
+    *grads, d_call = _backward(
+      plan, query, key, value, call, output, top, log_total, d_output
+    )
+    likes = query_like, key_like, value_like
+    grads = [g.reshape(x.shape) for g, x in zip(grads, likes, strict=True)]
+    return *grads, d_call
+
+  def _plan(self, query, key, call):
+    *batch, num_query, num_heads, _ = query.shape
+    num_key, num_groups = key.shape[-3:-1]
+    tiles = self.tiles or Tiles.choose(num_heads, num_query, num_key)
+    return _Plan(
+      tuple(batch),
+      num_query,
+      num_key,
+      num_groups,
+      tiles,
+      find_spans(call.mask, num_query, num_key, tiles),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,18 +279,7 @@ def _forward(plan, query, key, value, call):
   return _fold(row_step, zeros, plan.row_starts)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(plan, query, key, value, call):
-  return _forward(plan, query, key, value, call)[0]
-
-
-def _attention_fwd(plan, query, key, value, call):
-  output, *softmax = _forward(plan, query, key, value, call)
-  return output, (query, key, value, call, output, *softmax)
-
-
-def _attention_bwd(plan, saved, d_output):
-  query, key, value, call, output, top, log_total = saved
+def _backward(plan, query, key, value, call, output, top, log_total, d_output):
   f32 = jnp.float32
   # Each query's Σ weight · d_weight, from its output alone (Dao et al. 2022).
   delta = (d_output.astype(f32) * output.astype(f32)).sum(-1)
@@ -332,10 +345,7 @@ def _attention_bwd(plan, saved, d_output):
   if call.sinks is not None:
     weights = jnp.exp(call.sinks.astype(f32) - top - log_total)
     d_sinks = -(weights * delta).sum((0, 1)).astype(call.sinks.dtype)
-  d_call = dataclasses.replace(
-    call, bias=d_bias, sinks=d_sinks, mask=None, dropout=None
-  )
-  return dq, dk, dv, d_call
+  return dq, dk, dv, gradient_of_call(call, bias=d_bias, sinks=d_sinks)
 
 
 def _tile_gradients(plan, call, q, k, v, d_out, top, log_total, delta, tile):
@@ -366,6 +376,3 @@ def _sum_queries(weights, x):
     preferred_element_type=jnp.float32,
   )
   return sums.transpose(0, 3, 1, 2)
-
-
-_attention.defvjp(_attention_fwd, _attention_bwd)

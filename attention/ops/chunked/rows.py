@@ -6,7 +6,6 @@ rows share is summed up on the way.
 """
 
 import dataclasses
-import functools
 import math
 
 import jax
@@ -15,7 +14,11 @@ import numpy as np
 from jax import lax
 
 from attention.ops import batching
-from attention.ops.call import Call
+from attention.ops.implementation import (
+  Implementation,
+  gradient_of_call,
+  no_residuals,
+)
 from attention.ops.masks import LEAST, MASKED
 
 # Logits in cache at once: XLA on CPU fuses the forward pass into one kernel,
@@ -27,26 +30,39 @@ _MANY_KEYS = 256  # from here on XLA's sum over them costs more than a product
 _NOTHING = 1e-9
 
 
-def attention(query, key, value, call: Call, rows: tuple | None = None):
-  """See `dot_product_attention`; the arguments are checked already.
+@dataclasses.dataclass(frozen=True)
+class Rows(Implementation):
+  """Some rows of the batch at a time."""
 
-  Args:
-    query: [*b, q, h, d].
-    key: [*b, k, g, d].
-    value: [*b, k, g, e].
-    call: everything else.
-    rows: rows of the batch at a time, forward and backward; for experiments.
-  """
-  batch = query.shape[:-3]
-  if rows is None:
-    size = query.shape[-2] * query.shape[-3] * key.shape[-3]
-    rows = tuple(
-      _divisor(math.prod(batch), most // size)
-      for most in (_FORWARD_SIZE, _BACKWARD_SIZE)
-    )
-  flat = (batching.flatten(x, 3) for x in (query, key, value))
-  output = _attention((batch, *rows), *flat, call)
-  return output.reshape(*batch, *output.shape[1:])
+  forward_size: int = _FORWARD_SIZE  # logits at once
+  backward_size: int = _BACKWARD_SIZE
+
+  def forward(self, query, key, value, call):
+    batch = query.shape[:-3]
+    count = _count(query, key, self.forward_size)
+    inputs = [batching.flatten(x, 3) for x in (query, key, value)]
+
+    def step(_, row, *inputs):
+      return None, _row_step(call, batch, row, *inputs)
+
+    _, output = _scan(step, None, inputs, count)
+    return output.reshape(*batch, *output.shape[1:]), *no_residuals(query)
+
+  def backward(self, query, key, value, call, output, first, second, d_output):
+    del output, first, second
+    count = _count(query, key, self.backward_size)
+    *grads, d_call = _backward(count, query, key, value, call, d_output)
+    grads = [
+      g.reshape(x.shape)
+      for g, x in zip(grads, (query, key, value), strict=True)
+    ]
+    return *grads, d_call
+
+
+def _count(query, key, size):
+  """Rows at a time: a divisor of all, with `size` logits or one row."""
+  row = query.shape[-2] * query.shape[-3] * key.shape[-3]
+  return _divisor(math.prod(query.shape[:-3]), size // row)
 
 
 def _divisor(number, most):
@@ -208,23 +224,9 @@ def _scan(step, carry, arrays, count, unroll=1):
   return carry, jax.tree.map(lambda x: x.reshape(total, *x.shape[2:]), blocks)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(plan, query, key, value, call):
-  batch, count, _ = plan
-
-  def step(_, row, *inputs):
-    return None, _row_step(call, batch, row, *inputs)
-
-  return _scan(step, None, (query, key, value), count)[1]
-
-
-def _attention_fwd(plan, *inputs):
-  return _attention(plan, *inputs), inputs
-
-
-def _attention_bwd(plan, saved, d_output):
-  batch, _, count = plan
-  query, key, value, call = saved
+def _backward(count, query, key, value, call, d_output):
+  batch = query.shape[:-3]
+  inputs = [batching.flatten(x, 3) for x in (query, key, value, d_output)]
   zero_bias = None if call.bias is None else call.bias.zero_gradient()
   zero_sinks = None
   if call.sinks is not None:
@@ -243,7 +245,7 @@ def _attention_bwd(plan, saved, d_output):
   (d_bias, d_sinks), grads = _scan(
     step,
     (zero_bias, zero_sinks),
-    (query, key, value, d_output),
+    inputs,
     count,
     unroll=2,
   )
@@ -251,11 +253,4 @@ def _attention_bwd(plan, saved, d_output):
     d_bias = call.bias.finish_gradient(d_bias)
   if d_sinks is not None:
     d_sinks = d_sinks.astype(call.sinks.dtype)
-  # None: masks and seeds have no gradient.
-  d_call = dataclasses.replace(
-    call, bias=d_bias, sinks=d_sinks, mask=None, dropout=None
-  )
-  return *grads, d_call
-
-
-_attention.defvjp(_attention_fwd, _attention_bwd)
+  return *grads, gradient_of_call(call, bias=d_bias, sinks=d_sinks)

@@ -4,6 +4,7 @@ Additive similarity makes d numbers for every logit, which exist for few queries
 at once, forward and (recomputed) backward.
 """
 
+import dataclasses
 import math
 
 import jax
@@ -12,25 +13,27 @@ import numpy as np
 from jax import lax
 
 from attention.ops import batching, reference
-from attention.ops.call import Call
+from attention.ops.implementation import Recomputing
 
 _SIZE = 2**20  # numbers that exist at once, if they are of one query at least
 
 
-def attention(query, key, value, call: Call, count: int | None = None):
-  """See `additive_attention`; the arguments are checked already.
+@dataclasses.dataclass(frozen=True)
+class Queries(Recomputing):
+  """Some queries at a time."""
 
-  Args:
-    query: [*b, q, h, d].
-    key: [*b, k, g, d].
-    value: [*b, k, g, e].
-    call: the rest.
-    count: queries at a time; chosen by shape, given for experiments only.
-  """
-  *batch, num_query, num_heads, size = query.shape
+  size: int = _SIZE
+  count: int | None = None  # queries at a time; chosen by shape
+
+  def attend(self, query, key, value, call):
+    return _attend(query, key, value, call, self.size, self.count)
+
+
+def _attend(query, key, value, call, size, count):
+  *batch, num_query, num_heads, channels = query.shape
   rows, num_key = math.prod(batch), key.shape[-3]
-  each = rows * num_heads * num_key * size
-  count = min(count or max(1, _SIZE // each), num_query)
+  each = rows * num_heads * num_key * channels
+  count = min(count or max(1, size // each), num_query)
   # The last ones begin earlier if they are fewer, so that all have one size.
   blocks = -(-num_query // count)
   starts = np.minimum(np.arange(blocks) * count, num_query - count)

@@ -16,9 +16,13 @@ class Tiles:
   keys: int
 
   @classmethod
-  def choose(cls, heads: int, queries: int, keys: int) -> 'Tiles':
-    side = 2 ** (math.isqrt(_SIZE // 2 // heads).bit_length() - 1)
-    side = min(max(side, 64), 256)
+  def choose(
+    cls, heads: int, queries: int, keys: int, size: int = _SIZE
+  ) -> 'Tiles':
+    side = 2 ** (math.isqrt(size // 2 // heads).bit_length() - 1)
+    side = max(side, 64)
+    if size == _SIZE:
+      side = min(side, 256)
     return cls(1, min(2 * side, queries), min(side, keys))
 
 

@@ -1,0 +1,65 @@
+"""Attention in kernels: logits exist on the chip alone, forward and backward.
+
+The softmax runs along blocks of keys (Dao et al. 2022); the backward pass
+recomputes the weights from the largest logit and the logarithm of the
+denominator: in one kernel for the query's gradient, one for key and value, and
+one for the bias. The last loops over the rows of the batch that share the bias
+and stores each sum once: no atomics, no array of the logits' size, the same
+bits in every run.
+
+Pallas is imported when a kernel is lowered, not before.
+"""
+
+import dataclasses
+import functools
+import pathlib
+
+import jax
+
+from attention.ops.implementation import Implementation
+
+_LARGEST = 256  # channels a head
+
+
+def _refusal(query, key, value, call):
+  """What no kernel computes."""
+  if min(*query.shape, *value.shape) == 0:
+    return 'an axis without positions'
+  if call.vector is not None:
+    return 'additive similarity is no product'
+  dtypes = query.dtype, key.dtype, value.dtype
+  if len(set(dtypes)) > 1:
+    names = ', '.join(map(str, dtypes))
+    return f'expected query, key and value of one dtype, got {names}'
+  largest = max(query.shape[-1], value.shape[-1])
+  if largest > _LARGEST:
+    return f'expected at most {_LARGEST} channels a head, got {largest}'
+
+
+@functools.cache
+def _has_backend(name):
+  """Whether this JAX has a back end of Pallas; without importing it."""
+  folder = pathlib.Path(jax.__file__).parent / 'experimental' / 'pallas'
+  return (folder / f'{name}.py').exists() or (folder / name).is_dir()
+
+
+@dataclasses.dataclass(frozen=True)
+class Triton(Implementation):
+  """Kernels for NVIDIA GPUs, Ampere and later: Pallas through Triton."""
+
+  interpret: bool = False  # on a CPU, as plain JAX
+
+  def refusal(self, query, key, value, call):
+    if not _has_backend('triton'):
+      return f'JAX {jax.__version__} has no Pallas for Triton'
+    return _refusal(query, key, value, call)
+
+  def forward(self, *arguments):
+    from attention.ops.fused import gpu
+
+    return gpu.forward(self, *arguments)
+
+  def backward(self, *arguments):
+    from attention.ops.fused import gpu
+
+    return gpu.backward(self, *arguments)

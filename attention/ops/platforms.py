@@ -1,0 +1,129 @@
+"""One operation, implemented apart for each platform it is lowered for.
+
+`jax.lax.platform_dependent` traces every branch in every program. Here a branch
+is traced when a program is lowered for its platform, so that a program for CPUs
+does not pay for tracing kernels of GPUs and TPUs.
+"""
+
+import functools
+import warnings
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
+
+PLATFORMS = ('cpu', 'cuda', 'rocm', 'tpu')
+
+
+def canonical(platform: str) -> str:
+  """The name that JAX lowers for: 'gpu' and 'NVIDIA …' are 'cuda'.
+
+  Raises:
+    ValueError: another platform than JAX's.
+  """
+  platform = 'cuda' if platform == 'gpu' else platform
+  if platform not in PLATFORMS:
+    raise ValueError(
+      f'platform: expected one of {list(PLATFORMS)}, got {platform!r}'
+    )
+  return platform
+
+
+def default_platform() -> str:
+  """The platform that programs are lowered for unless they say otherwise."""
+  backend = jax.default_backend()
+  if backend == 'gpu':
+    version = jax.devices()[0].client.platform_version
+    return 'rocm' if 'rocm' in version.lower() else 'cuda'
+  return backend if backend in PLATFORMS else 'rocm'
+
+
+def by_platform(choices: tuple, method: str, shapes, *args):
+  """Calls `method` of the object that is chosen for the platform.
+
+  Args:
+    choices: pairs (platform, object), one for each of `PLATFORMS`; hashable.
+    method: name of the object's method.
+    shapes: pytree of `jax.ShapeDtypeStruct`, what the method returns.
+    *args: pytrees of arrays, its arguments.
+
+  Returns:
+    What the method returns. The operation has no derivative of its own.
+  """
+  leaves, tree = jax.tree.flatten(args)
+  expected, out_tree = jax.tree.flatten(shapes)
+  results = _by_platform.bind(
+    *(jnp.asarray(x) for x in leaves),
+    choices=choices,
+    method=method,
+    tree=tree,
+    shapes=tuple((x.shape, jnp.dtype(x.dtype)) for x in expected),
+    maps=(),
+  )
+  return jax.tree.unflatten(out_tree, results)
+
+
+_by_platform = Primitive('attention_by_platform')
+_by_platform.multiple_results = True
+
+
+@_by_platform.def_impl
+@functools.partial(
+  jax.jit, static_argnames=('choices', 'method', 'tree', 'shapes', 'maps')
+)
+def _run(*leaves, **params):
+  return _by_platform.bind(*leaves, **params)
+
+
+@_by_platform.def_abstract_eval
+def _shapes(*_, shapes, **__):
+  return [jax.core.ShapedArray(shape, dtype) for shape, dtype in shapes]
+
+
+def _batch(leaves, dims, *, shapes, maps, **params):
+  """`vmap`: the method is mapped when it is traced."""
+  size = next(
+    x.shape[dim] for x, dim in zip(leaves, dims, strict=True) if dim is not None
+  )
+  results = _by_platform.bind(
+    *leaves,
+    shapes=tuple(((size, *shape), dtype) for shape, dtype in shapes),
+    maps=(*maps, (tuple(dims), size)),
+    **params,
+  )
+  return results, (0,) * len(results)
+
+
+batching.primitive_batchers[_by_platform] = _batch
+
+
+def _lower(platform, *leaves, choices, method, tree, shapes, maps):
+  del shapes
+
+  def function(*leaves):
+    chosen = getattr(dict(choices)[platform], method)
+    return jax.tree.leaves(chosen(*jax.tree.unflatten(tree, leaves)))
+
+  for dims, size in maps:
+    function = jax.vmap(function, dims, axis_size=size)
+  return function(*leaves)
+
+
+def _without_warning(rule):
+  """The rule without JAX's notice that Pallas's Triton back end is to go."""
+
+  def lower(*args, **params):
+    with warnings.catch_warnings():
+      warnings.filterwarnings('ignore', 'The Pallas Triton backend')
+      return rule(*args, **params)
+
+  return lower
+
+
+for _platform in PLATFORMS:
+  mlir.register_lowering(
+    _by_platform,
+    _without_warning(mlir.lower_fun(functools.partial(_lower, _platform))),
+    platform=_platform,
+  )
