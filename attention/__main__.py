@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import attention
 from attention import plots
 from attention.data import translation
+from attention.ops.platforms import PLATFORMS
 from attention.training import (
   answering,
   flags,
@@ -154,7 +155,7 @@ def inspect(arguments) -> int:
 
 
 def doctor(_) -> int:
-  """Prints versions, devices, and what would serve a call of attention."""
+  """Prints versions, devices, and what attention dispatches to."""
   for name, version in records.versions().items():
     print(f'{name:<18}{version}')
   print(f'{"backend":<18}{jax.default_backend()}')
@@ -166,6 +167,11 @@ def doctor(_) -> int:
     print(f'\nattention of {jnp.dtype(dtype).name} [8, 1024, 8, 64], causal:')
     for implementation, reason in told:
       print(f'  {implementation:<16}{reason}')
+  print('\nthe same in bfloat16, by platform:')
+  for platform in PLATFORMS:
+    told = attention.explain(x, x, x, is_causal=True, platform=platform)
+    chosen = [name for name, reason in told if reason == 'chosen']
+    print(f'  {platform:<16}{chosen[0]}')
   return 0
 
 

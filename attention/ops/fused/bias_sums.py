@@ -94,7 +94,10 @@ class ArraySums:
       is_seen &= key + self.keys - 1 - first >= self.low
     if self.high is not None:
       is_seen &= key - (first + self.queries - 1) <= self.high
-    return self.steps if is_seen is True else jnp.where(is_seen, self.steps, 0)
+    if is_seen is True:
+      return self.steps
+    # No select of 1 or 0: Triton's would give a boolean.
+    return self.steps * is_seen.astype(jnp.int32)
 
   def at(self, place, number):
     """(row, head, block of queries, block of keys) of a step."""
