@@ -15,6 +15,7 @@ import functools
 import pathlib
 
 import jax
+import numpy as np
 
 from attention.ops.implementation import Implementation
 
@@ -32,7 +33,8 @@ def _refusal(query, key, value, call):
     names = ', '.join(map(str, dtypes))
     return f'expected query, key and value of one dtype, got {names}'
   largest = max(query.shape[-1], value.shape[-1])
-  if max(x.size for x in jax.tree.leaves((query, key, value, call))) >= 2**31:
+  leaves = jax.tree.leaves((query, key, value, call))
+  if max(map(np.size, leaves)) >= 2**31:
     return 'an array of 2^31 numbers or more'
   if largest > _LARGEST:
     return f'expected at most {_LARGEST} channels a head, got {largest}'
