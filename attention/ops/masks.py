@@ -1,6 +1,7 @@
 """Masks as descriptions: who may attend to whom, without the [q, k] array."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -353,6 +354,16 @@ class Mask:
   def has_positions(self) -> bool:
     """Whether arrays in it have an axis of positions: only so many fit."""
     return any(c.trailing for c in self.conditions)
+
+  @property
+  def numbers(self) -> int:
+    """How many numbers its arrays without an axis of positions hold."""
+    return sum(
+      math.prod(np.shape(x))
+      for c in self.conditions
+      if not c.trailing
+      for x in jax.tree.leaves(c)
+    )
 
   def arrays(self):
     """The dense arrays in it, whose shapes the caller checks."""

@@ -12,14 +12,18 @@ Pallas is imported when a kernel is lowered, not before.
 
 import dataclasses
 import functools
+import importlib
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from attention.ops.implementation import Implementation
 
 _LARGEST = 256  # channels a head
+_SHORTEST = 64  # queries and keys on a TPU
+_MOST_NUMBERS = 2**16  # of a mask, such as lengths, on a TPU: 256 KiB
 
 
 def _refusal(query, key, value, call):
@@ -47,23 +51,55 @@ def _has_backend(name):
   return (folder / f'{name}.py').exists() or (folder / name).is_dir()
 
 
+class _Kernels(Implementation):
+  """Kernels, in a module that is imported when they are lowered."""
+
+  module: str
+
+  def forward(self, *arguments):
+    return self._module.forward(self, *arguments)
+
+  def backward(self, *arguments):
+    return self._module.backward(self, *arguments)
+
+  @property
+  def _module(self):
+    return importlib.import_module(f'attention.ops.fused.{self.module}')
+
+
 @dataclasses.dataclass(frozen=True)
-class Triton(Implementation):
+class Triton(_Kernels):
   """Kernels for NVIDIA GPUs, Ampere and later: Pallas through Triton."""
 
   interpret: bool = False  # on a CPU, as plain JAX
+  module = 'gpu'
 
   def refusal(self, query, key, value, call):
     if not _has_backend('triton'):
       return f'JAX {jax.__version__} has no Pallas for Triton'
     return _refusal(query, key, value, call)
 
-  def forward(self, *arguments):
-    from attention.ops.fused import gpu
 
-    return gpu.forward(self, *arguments)
+@dataclasses.dataclass(frozen=True)
+class Tpu(_Kernels):
+  """Kernels for TPUs: Pallas through Mosaic."""
 
-  def backward(self, *arguments):
-    from attention.ops.fused import gpu
+  interpret: bool = False  # on a CPU, as plain JAX
+  module = 'tpu'
 
-    return gpu.backward(self, *arguments)
+  def refusal(self, query, key, value, call):
+    if query.dtype == jnp.float16:
+      return 'expected float32 or bfloat16, got float16'
+    lengths = query.shape[-3], key.shape[-3]
+    if min(lengths) < _SHORTEST:
+      return (
+        f'expected {_SHORTEST} queries and keys or more, which tiles of 128 × '
+        f'128 pay for, got {lengths[0]} and {lengths[1]}'
+      )
+    numbers = 0 if call.mask is None else call.mask.numbers
+    if numbers > _MOST_NUMBERS:
+      return (
+        f'expected at most {_MOST_NUMBERS} numbers in a mask, as scalar memory '
+        f'holds, got {numbers}'
+      )
+    return _refusal(query, key, value, call)

@@ -5,8 +5,8 @@ import math
 
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.pallas import triton
 
+from attention.ops.fused.tile import both
 from attention.ops.masks import Mask
 
 
@@ -110,11 +110,11 @@ class ArraySums:
       key_block + keys,
     )
 
-  def store(self, ref, part, place, total):
-    """Stores a tile, summed along axes of one position."""
+  def entries(self, place, total):
+    """(indices, mask or None) of a tile, and the tile summed as stored."""
     key_block, query_block, head, row = place
     _, _, num_query, num_key = self.sizes
-    masks, places = [], []
+    mask, places = None, []
     for block, size, length, axis in (
       (query_block, self.queries, num_query, 0),
       (key_block, self.keys, num_key, 1),
@@ -125,12 +125,9 @@ class ArraySums:
       else:
         positions = jnp.expand_dims(block * size + jnp.arange(size), 1 - axis)
         if length % size:
-          masks.append(positions < length)
+          mask = both(mask, positions < length)
       places.append(positions)
-    mask = None
-    for more in masks:
-      mask = more if mask is None else mask & more
-    triton.store(ref.at[part, row, head, *places], total, mask=mask)
+    return (row, head, *places), mask, total
 
   def finish(self, sums, bias):
     """The bias's gradient from the summed output."""
@@ -206,11 +203,20 @@ class DistanceSums:
     query = query + first
     return row, place[1] + head, query, query + offset
 
-  def store(self, ref, part, place, total):
-    """Stores the program's tile."""
+  def tile_of(self, row, head, query_block, key_block):
+    """(head, diagonal) of the tile that a step adds to."""
+    del row
+    diagonal = key_block - query_block + self._blocks[0] - 1
+    return head if self.heads > 1 else 0, diagonal
+
+  def entries(self, place, total):
+    """(indices, None) of the program's tile, and the tile."""
     queries = jnp.arange(self.queries)[:, None]
-    keys = jnp.arange(self.keys)[None]
-    triton.store(ref.at[part, place[1], place[0], queries, keys], total)
+    return (
+      (place[1], place[0], queries, jnp.arange(self.keys)[None]),
+      None,
+      total,
+    )
 
   def finish(self, sums, bias):
     """The bias's gradient: tiles [h', diagonals, b, b], summed by distance."""

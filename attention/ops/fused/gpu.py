@@ -17,16 +17,16 @@ from jax.experimental.pallas import triton
 
 from attention.ops.fused import operands
 from attention.ops.fused.bias_sums import ArraySums, DistanceSums
-from attention.ops.fused.operands import LOG2E, Distances, Shape
-from attention.ops.fused.tiles import (
-  Tile,
-  dot,
+from attention.ops.fused.gpu_tiles import (
+  GpuTile,
   key_spans,
   load,
   load_numbers,
   query_spans,
   store,
 )
+from attention.ops.fused.operands import LOG2E, Distances, Shape
+from attention.ops.fused.tile import dot
 from attention.ops.implementation import gradient_of_call
 from attention.ops.masks import LEAST
 
@@ -106,11 +106,7 @@ def backward(
     _key_kernel, 1, (shape.num_key, blocks.keys), shape.groups, arrays[1:3]
   )
   d_bias = _bias_gradient(options, shape, blocks, call, arrays)
-  d_sinks = None
-  if call.sinks is not None:
-    sinks = call.sinks.astype(jnp.float32) * LOG2E
-    weights = jnp.exp2(sinks - top - log_total)
-    d_sinks = -(weights * delta).sum((0, 1)).astype(call.sinks.dtype)
+  d_sinks = operands.sinks_gradient(call, top, log_total, delta)
   return (
     dq.reshape(query.shape),
     dk.reshape(key.shape),
@@ -204,7 +200,9 @@ def _forward_kernel(shape, blocks, place, inputs, outputs):
     top, total, values = carry
     keys = number * blocks.keys + jnp.arange(blocks.keys)
     key = load(key_ref, row, keys, group, blocks.keys)
-    tile = Tile(shape, call, row, head, queries[:, None], keys[None], is_whole)
+    tile = GpuTile(
+      shape, call, row, head, queries[:, None], keys[None], is_whole
+    )
     x, _ = tile.logits(dot(query, key, (1, 1)))
     new_top = jnp.maximum(top, x.max(1))
     shrink = jnp.exp2(top - new_top)
@@ -262,7 +260,9 @@ def _query_kernel(shape, blocks, place, inputs, outputs):
     keys = number * blocks.keys + jnp.arange(blocks.keys)
     key = load(key_ref, row, keys, group, blocks.keys)
     value = load(value_ref, row, keys, group, blocks.keys)
-    tile = Tile(shape, call, row, head, queries[:, None], keys[None], is_whole)
+    tile = GpuTile(
+      shape, call, row, head, queries[:, None], keys[None], is_whole
+    )
     x, slope = tile.logits(dot(query, key, (1, 1)))
     weights = jnp.exp2(x - top[:, None] - log_total[:, None])
     d_weights = tile.drop(dot(d_output, value, (1, 1)))
@@ -292,7 +292,9 @@ def _key_kernel(shape, blocks, place, inputs, outputs):
     d_output, top, log_total, delta = _load_saved(
       saved, row, queries, head, blocks.queries
     )
-    tile = Tile(shape, call, row, head, queries[None], keys[:, None], is_whole)
+    tile = GpuTile(
+      shape, call, row, head, queries[None], keys[:, None], is_whole
+    )
     x, slope = tile.logits(dot(key, query, (1, 1)))
     weights = jnp.exp2(x - top[None] - log_total[None])
     used = tile.drop(weights).astype(d_output.dtype)
@@ -336,7 +338,7 @@ def _bias_kernel(shape, sums, parts, place, inputs, outputs):
     d_output, top, log_total, delta = _load_saved(
       saved, row, queries, head, sums.queries
     )
-    tile = Tile(shape, call, row, head, queries[:, None], keys[None], False)
+    tile = GpuTile(shape, call, row, head, queries[:, None], keys[None], False)
     x, _ = tile.logits(dot(query, key, (1, 1)))
     weights = jnp.exp2(x - top[:, None] - log_total[:, None])
     d_weights = tile.drop(dot(d_output, value, (1, 1)))
@@ -348,4 +350,5 @@ def _bias_kernel(shape, sums, parts, place, inputs, outputs):
   total = jnp.zeros((sums.queries, sums.keys), jnp.float32)
   last = jnp.minimum(steps, first + each)
   total = lax.fori_loop(first, last, step, total)
-  sums.store(outputs[0], part, place, total)
+  indices, mask, total = sums.entries(place, total)
+  triton.store(outputs[0].at[part, *indices], total, mask=mask)

@@ -222,3 +222,13 @@ def _any_of_blocks(x, size, axis):
 def whole_conditions(operands) -> bool:
   """Whether the mask is bands, within which all is seen."""
   return all(isinstance(c, Band) for c in operands.conditions)
+
+
+def sinks_gradient(call, top, log_total, delta):
+  """The gradient of a call's sinks, or None; numbers [*b, q, h] to base 2."""
+  if call.sinks is None:
+    return None
+  sinks = call.sinks.astype(jnp.float32) * LOG2E
+  weights = jnp.exp2(sinks - top - log_total)
+  lead = tuple(range(delta.ndim - 1))
+  return -(weights * delta).sum(lead).astype(call.sinks.dtype)

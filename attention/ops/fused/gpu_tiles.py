@@ -1,6 +1,5 @@
-"""A tile of the logits inside a kernel, and the blocks that masks leave."""
+"""What a program on a GPU reads and stores, and the blocks that masks leave."""
 
-import dataclasses
 import math
 
 import jax
@@ -8,28 +7,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import triton
 
-from attention.ops.fused.operands import (
-  LOG2E,
-  Distances,
-  is_per_row,
-  whole_conditions,
-)
-from attention.ops.masks import LEAST, MASKED, Dense, Segments
-
-
-def both(one, two):
-  """one & two, where None is no mask."""
-  if one is None or two is None:
-    return two if one is None else one
-  return one & two
-
-
-def dot(x, y, axes):
-  """The product over an axis of each, in float32."""
-  (i, j) = axes
-  return lax.dot_general(
-    x, y, (((i,), (j,)), ((), ())), preferred_element_type=jnp.float32
-  )
+from attention.ops.fused.operands import is_per_row, whole_conditions
+from attention.ops.fused.tile import Tile, both
+from attention.ops.masks import Dense, Segments
 
 
 def _load(place, mask, other=0):
@@ -71,65 +51,35 @@ def _at_row(condition, row):
   return jax.tree.map(lambda x: x.at(row)[...], condition, is_leaf=is_per_row)
 
 
-@dataclasses.dataclass(frozen=True)
-class Tile:
-  """Queries × keys, or keys × queries, of one head and row of the batch."""
+class GpuTile(Tile):
+  """A tile whose arrays are loaded entry by entry."""
 
-  shape: object
-  call: object  # Operands with references
-  row: object
-  head: object
-  queries: object  # positions, [block, 1] or [1, block]
-  keys: object
-  is_whole: bool  # all queries see all keys, and all are there
+  def distances(self, bias):
+    shape = self.shape
+    distance = self.keys - self.queries + (shape.num_query - 1)
+    most = shape.num_query + shape.num_key - 1
+    head = self.head if bias.array.shape[0] > 1 else 0
+    mask = self._inside(True, True)
+    distance = jnp.clip(distance, 0, most - 1)
+    return _load(bias.array.at[head, distance], mask)
 
-  def logits(self, products):
-    """(logits to base 2, d capped / d uncapped or None), float32."""
-    call, slope = self.call, None
-    if call.logit_cap is None:
-      x = products * (call.scale * LOG2E)
-    else:
-      x = jnp.tanh(products * (call.scale / call.logit_cap))
-      slope = 1 - x * x
-      x = x * (call.logit_cap * LOG2E)
-    if call.bias is not None:
-      x = x + self._bias().astype(jnp.float32) * LOG2E
-    seen = None if self.is_whole else self._seen()
-    if seen is not None:
-      x = jnp.where(seen, x, MASKED * LOG2E)
-    if call.bias is not None:  # a bias may mask: no slope, no NaN of -inf
-      x = jnp.where(x < LEAST * LOG2E, MASKED * LOG2E, x)
-    return x, slope
-
-  def drop(self, weights):
-    """Weights, or their gradients, times the factor of dropout."""
-    dropout = self.call.dropout
-    if dropout is None:
-      return weights
-    seed = dropout.seed[0], dropout.seed[1]
-    dropout = dataclasses.replace(dropout, seed=seed, start=dropout.start[0])
-    number = self.row * self.shape.heads + self.head
-    kept = dropout.kept_at(number, self.queries, self.keys)
-    return jnp.where(kept, weights * (1 / (1 - dropout.rate)), 0.0)
-
-  def _bias(self):
-    bias, shape = self.call.bias, self.shape
-    if isinstance(bias, Distances):
-      distance = self.keys - self.queries + (shape.num_query - 1)
-      most = shape.num_query + shape.num_key - 1
-      head = self.head if bias.array.shape[0] > 1 else 0
-      mask = self._inside(True, True)
-      distance = jnp.clip(distance, 0, most - 1)
-      return _load(bias.array.at[head, distance], mask)
-    return self._entries(bias)
-
-  def _entries(self, per_row):
-    """Entries [rows', h', q', k'] of the tile, of axes that it has."""
-    *_, num_query, num_key = per_row.array.shape
-    place = per_row.at(self.row, self.head, self.queries, self.keys)
+  def entries(self, array):
+    *_, num_query, num_key = array.array.shape
+    place = array.at(self.row, self.head, self.queries, self.keys)
     if num_query == 1 and num_key == 1:
       return place[...]
     return _load(place, self._inside(num_query > 1, num_key > 1))
+
+  def ids(self, condition):
+    of_queries = condition.query_ids.at(self.row, self.queries)
+    of_keys = condition.key_ids.at(self.row, self.keys)
+    return (
+      _load(of_queries, self._inside(True, False)),
+      _load(of_keys, self._inside(False, True)),
+    )
+
+  def numbers(self, condition):
+    return _at_row(condition, self.row)
 
   def _inside(self, of_queries, of_keys):
     """Which positions exist; None if all blocks are full."""
@@ -139,27 +89,6 @@ class Tile:
     if of_keys and self.shape.num_key % self.keys.size:
       mask = both(mask, self.keys < self.shape.num_key)
     return mask
-
-  def _seen(self):
-    seen = None
-    for condition in self.call.conditions:
-      if isinstance(condition, Segments):
-        of_queries = _load(
-          condition.query_ids.at(self.row, self.queries),
-          self._inside(True, False),
-        )
-        of_keys = _load(
-          condition.key_ids.at(self.row, self.keys), self._inside(False, True)
-        )
-        more = of_queries == of_keys
-      elif isinstance(condition, Dense):
-        more = self._entries(condition.array) != 0
-      else:
-        more = _at_row(condition, self.row).at(self.queries, self.keys)
-      seen = both(seen, more)
-    if self.shape.num_key % self.keys.size:
-      seen = both(seen, self.keys < self.shape.num_key)
-    return seen
 
 
 def key_spans(shape, call, limits, blocks, row, head, block):

@@ -1,4 +1,4 @@
-"""Kernels of `fused` for GPUs, interpreted on a CPU, against the reference."""
+"""Kernels of `fused`, interpreted on a CPU, against the reference."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ import pytest
 from attention import Mask
 from attention.ops import biases, reference
 from attention.ops.checks import check
-from attention.ops.fused import Triton
+from attention.ops.fused import Tpu, Triton
 
 B, Q, K, H, G, D, E = (2, 3), 37, 70, 4, 2, 8, 20
 _RNG = np.random.default_rng(0)
@@ -74,10 +74,11 @@ def _gradients(attend, checked, cotangent):
   return jax.tree.leaves((output, vjp(cotangent)))
 
 
+@pytest.mark.parametrize('kind', [Triton, Tpu])
 @pytest.mark.parametrize('case', CASES)
-def test_values_and_gradients_are_the_references(case):
+def test_values_and_gradients_are_the_references(case, kind):
   checked, cotangent = _arguments(case)
-  kernels = jax.jit(lambda *a: _gradients(Triton(interpret=True), *a))
+  kernels = jax.jit(lambda *a: _gradients(kind(interpret=True), *a))
   got = kernels(checked, cotangent)
   expected = _gradients(reference.attention, checked, cotangent)
   assert len(got) == len(expected)
