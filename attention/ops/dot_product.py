@@ -9,7 +9,7 @@ import numpy as np
 from attention.ops import cudnn, reference, weights
 from attention.ops.checks import check, check_float
 from attention.ops.chunked import Chunked
-from attention.ops.fused import Triton
+from attention.ops.fused import Tpu, Triton
 from attention.ops.implementation import ByPlatform, Implementation, Refused
 from attention.ops.platforms import PLATFORMS, canonical, default_platform
 from attention.ops.softmax import stable_softmax
@@ -27,7 +27,7 @@ class _Missing(Implementation):
 
 # Best first: the implementation of each platform; None stands for the others.
 _IMPLEMENTATIONS = {
-  'fused': {'cuda': Triton()},
+  'fused': {'cuda': Triton(), 'tpu': Tpu()},
   'chunked': {'cpu': Chunked(), None: Chunked(is_cpu=False)},
   'reference': {None: reference.Reference()},
   'cudnn': {'cuda': cudnn.Cudnn()},

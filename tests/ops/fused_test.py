@@ -5,50 +5,61 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import attention
 from attention import Mask
 from attention.ops import biases, reference
 from attention.ops.checks import check
 from attention.ops.fused import Tpu, Triton
 
-B, Q, K, H, G, D, E = (2, 3), 37, 70, 4, 2, 8, 20
-_RNG = np.random.default_rng(0)
-_LENGTHS = np.array([[0, 4, 70], [33, 17, 3]])
-_TABLE = _RNG.normal(size=(8, H)).astype('f')
-CASES = {
-  'plain': dict(),
-  'causal': dict(is_causal=True),
-  'window': dict(mask=Mask.window(3, 1)),
-  'offsets': dict(mask=Mask.causal(_LENGTHS - 8)),
-  'lengths': dict(mask=Mask.lengths(_LENGTHS[::-1], _LENGTHS)),
-  'segments': dict(
-    mask=Mask.segments(
-      np.sort(_RNG.integers(0, 4, (*B, Q))),
-      np.sort(_RNG.integers(0, 4, (*B, K))),
-    )
-  ),
-  'prefix': dict(mask=Mask.prefix(_LENGTHS)),
-  'dense': dict(mask=_RNG.random((2, 1, H, Q, K)) < 0.3),
-  'square': dict(mask=_RNG.random((Q, K)) < 0.3, is_causal=True),
-  'keys': dict(mask=_RNG.random((*B, 1, 1, K)) < 0.3),
-  'bias': dict(bias=(H, Q, K)),
-  'bias_causal': dict(bias=(H, Q, K), is_causal=True),
-  'bias_full': dict(bias=(*B, H, Q, K)),
-  'bias_some_rows': dict(bias=(2, 1, H, Q, K)),
-  'bias_other_rows': dict(bias=(1, 3, 1, 1, K)),
-  'bias_queries': dict(bias=(1, 1, H, Q, 1)),
-  'bias_number': dict(bias=(1, 1, 1, 1, 1)),
-  'alibi': dict(bias=biases.alibi(H), is_causal=True),
-  'alibi_of_one_head': dict(bias=biases.alibi(1)),
-  'buckets': dict(bias=biases.relative_buckets(_TABLE, 8, 20)),
-  'sinks': dict(sinks=(H,), is_causal=True),
-  'cap': dict(logit_cap=0.7, bias=(H, Q, K)),
-  'dropout': dict(
-    dropout_rate=0.3, dropout_rng=jax.random.key(1), bias=(H, Q, K)
-  ),
+B, H, G, D, E = (2, 3), 4, 2, 8, 20
+# With queries and keys that fill several blocks, the last in part.
+KINDS = {
+  'gpu': (Triton(interpret=True), 37, 70),
+  'tpu': (Tpu(interpret=True, most=128), 150, 290),
 }
+_TABLE = np.random.default_rng(0).normal(size=(8, H)).astype('f')
+# Compiles in half the time.
+_QUICK = {'xla_backend_optimization_level': 0}
 
 
-def _arguments(case, dtype='float32', d=D, e=E):
+def _cases(q, k):
+  """Arguments by name; shapes of biases and sinks stand for arrays."""
+  rng = np.random.default_rng(0)
+  lengths = np.array([[0, 4, k], [k // 2, 17, 3]])
+  segments = [np.sort(rng.integers(0, 4, (*B, n))) for n in (q, k)]
+  return {
+    'plain': dict(),
+    'causal': dict(is_causal=True),
+    'window': dict(mask=Mask.window(3, 1)),
+    'offsets': dict(mask=Mask.causal(lengths - 8)),
+    'lengths': dict(mask=Mask.lengths(lengths[::-1], lengths)),
+    'segments': dict(mask=Mask.segments(*segments)),
+    'prefix': dict(mask=Mask.prefix(lengths)),
+    'dense': dict(mask=rng.random((2, 1, H, q, k)) < 0.3),
+    'square': dict(mask=rng.random((q, k)) < 0.3, is_causal=True),
+    'keys': dict(mask=rng.random((*B, 1, 1, k)) < 0.3),
+    'bias': dict(bias=(H, q, k)),
+    'bias_causal': dict(bias=(H, q, k), is_causal=True),
+    'bias_full': dict(bias=(*B, H, q, k)),
+    'bias_some_rows': dict(bias=(2, 1, H, q, k)),
+    'bias_other_rows': dict(bias=(1, 3, 1, 1, k)),
+    'bias_queries': dict(bias=(1, 1, H, q, 1)),
+    'bias_number': dict(bias=(1, 1, 1, 1, 1)),
+    'alibi': dict(bias=biases.alibi(H), is_causal=True),
+    'alibi_of_one_head': dict(bias=biases.alibi(1)),
+    'buckets': dict(bias=biases.relative_buckets(_TABLE, 8, 20)),
+    'sinks': dict(sinks=(H,), is_causal=True),
+    'cap': dict(logit_cap=0.7, bias=(H, q, k)),
+    'dropout': dict(
+      dropout_rate=0.3, dropout_rng=jax.random.key(1), bias=(H, q, k)
+    ),
+  }
+
+
+CASES = tuple(_cases(2, 2))
+
+
+def _arguments(case, q, k, dtype='float32', d=D, e=E):
   keys = iter(jax.random.split(jax.random.key(0), 9))
 
   def normal(*shape):
@@ -56,10 +67,10 @@ def _arguments(case, dtype='float32', d=D, e=E):
 
   arguments = {
     name: normal(*x) if name in ('bias', 'sinks') and type(x) is tuple else x
-    for name, x in CASES[case].items()
+    for name, x in _cases(q, k)[case].items()
   }
-  qkv = normal(*B, Q, H, d), normal(*B, K, G, d), normal(*B, K, G, e)
-  return check(*qkv, **arguments), normal(*B, Q, H, e)
+  qkv = normal(*B, q, H, d), normal(*B, k, G, d), normal(*B, k, G, e)
+  return check(*qkv, **arguments), normal(*B, q, H, e)
 
 
 def _gradients(attend, checked, cotangent):
@@ -74,29 +85,59 @@ def _gradients(attend, checked, cotangent):
   return jax.tree.leaves((output, vjp(cotangent)))
 
 
-@pytest.mark.parametrize('kind', [Triton, Tpu])
+def _run(attend, *arguments):
+  function = jax.jit(lambda *a: _gradients(attend, *a))
+  return function.lower(*arguments).compile(_QUICK)(*arguments)
+
+
+@pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('case', CASES)
 def test_values_and_gradients_are_the_references(case, kind):
-  checked, cotangent = _arguments(case)
-  kernels = jax.jit(lambda *a: _gradients(kind(interpret=True), *a))
-  got = kernels(checked, cotangent)
-  expected = _gradients(reference.attention, checked, cotangent)
+  kernels, q, k = KINDS[kind]
+  arguments = _arguments(case, q, k)
+  got = _run(kernels, *arguments)
+  expected = _run(reference.attention, *arguments)
   assert len(got) == len(expected)
   for x, y in zip(got, expected, strict=True):
     np.testing.assert_allclose(x, y, rtol=2e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize(
   ('dtype', 'sizes'),
   [('float32', (24, 256)), ('bfloat16', (256, 16)), ('float16', (8, 8))],
 )
-def test_head_sizes_and_dtypes(dtype, sizes):
-  checked, cotangent = _arguments('bias_causal', dtype, *sizes)
-  got = _gradients(Triton(interpret=True), checked, cotangent)
-  expected = _gradients(reference.attention, checked, cotangent)
+def test_head_sizes_and_dtypes(kind, dtype, sizes):
+  kernels, q, k = KINDS[kind]
+  if kind == 'tpu' and dtype == 'float16':
+    pytest.skip('TPUs have no float16')
+  arguments = _arguments('bias_causal', q, k, dtype, *sizes)
+  got = _run(kernels, *arguments)
+  expected = _run(reference.attention, *arguments)
   tolerance = 2e-4 if dtype == 'float32' else 4e-2
   for x, y in zip(got, expected, strict=True):
     assert x.dtype == y.dtype
     x, y = x.astype(jnp.float32), y.astype(jnp.float32)
     scale = float(jnp.abs(y).max())
     np.testing.assert_allclose(x / scale, y / scale, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+  ('changed', 'reason'),
+  [
+    (dict(dtype='float16'), 'expected float32 or bfloat16, got float16'),
+    (dict(q=1), '64 queries and keys or more'),
+    (dict(mask=Mask.lengths(None, np.ones(70_000, int))), '65536 numbers'),
+    (dict(d=264), 'at most 256 channels'),
+    (dict(), None),
+  ],
+)
+def test_tpu_kernels_say_what_they_do_not_compute(changed, reason):
+  options = dict(dtype='bfloat16', q=64, d=16, mask=None) | changed
+  rows, dtype = 70_000, options['dtype']
+  q = jax.ShapeDtypeStruct((rows, options['q'], 1, options['d']), dtype)
+  k = jax.ShapeDtypeStruct((rows, 64, 1, options['d']), dtype)
+  told = attention.explain(
+    q, k, k, mask=options['mask'], platform='tpu', implementation='fused'
+  )
+  assert told[0][1] == 'chosen' if reason is None else reason in told[0][1]

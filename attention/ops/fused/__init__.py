@@ -82,9 +82,13 @@ class Triton(_Kernels):
 
 @dataclasses.dataclass(frozen=True)
 class Tpu(_Kernels):
-  """Kernels for TPUs: Pallas through Mosaic."""
+  """Kernels for TPUs: Pallas through Mosaic.
+
+  Biases by distance need a TPU v5 or later.
+  """
 
   interpret: bool = False  # on a CPU, as plain JAX
+  most: int = 512  # positions in a block
   module = 'tpu'
 
   def refusal(self, query, key, value, call):

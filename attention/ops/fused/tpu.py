@@ -39,7 +39,7 @@ from attention.ops.masks import LEAST
 
 def forward(options, query, key, value, call):
   """(output, largest logit, logarithm of the sum beyond it), to base 2."""
-  shape, cut, rows, inputs = _prepare(query, key, value, call)
+  shape, cut, rows, inputs = _prepare(options, query, key, value, call)
   ranges = Ranges.create(shape, rows, cut, 0)
   length, width = inputs[0].array.shape[3], inputs[2].array.shape[2]
   lead = shape.rows, shape.heads
@@ -74,7 +74,7 @@ def backward(
   options, query, key, value, call, output, top, log_total, d_output
 ):
   """Gradients of query, key, value and call."""
-  shape, cut, rows, inputs = _prepare(query, key, value, call)
+  shape, cut, rows, inputs = _prepare(options, query, key, value, call)
   # Each query's Σ weight · d_weight, from its output alone (Dao et al. 2022).
   delta = (d_output.astype(jnp.float32) * output.astype(jnp.float32)).sum(-1)
   flat = shape.rows, shape.num_query, shape.heads, -1
@@ -124,10 +124,10 @@ def _stats(shape, cut, numbers):
   return Block(jnp.concatenate(rows, 2), size, of_queries)
 
 
-def _prepare(query, key, value, call):
+def _prepare(options, query, key, value, call):
   """(shape, `Cut`, operands by row, inputs of all kernels)."""
   shape, (query, key, value, rows) = operands.prepare(query, key, value, call)
-  cut = Cut.choose(shape, query.dtype.itemsize)
+  cut = Cut.choose(shape, query.dtype.itemsize, options.most)
   if isinstance(rows.bias, Distances):  # summed along diagonals of squares
     side = min(cut.queries, cut.keys)
     cut = Cut(side, side)

@@ -35,10 +35,10 @@ class Cut:
   keys: int
 
   @classmethod
-  def choose(cls, shape, itemsize: int) -> 'Cut':
+  def choose(cls, shape, itemsize: int, most: int) -> 'Cut':
     """Blocks that vector memory holds, filled as far as lengths allow."""
-    size = max(shape.key_size, shape.value_size) * itemsize
-    most = 512 if size <= 256 else 256
+    if max(shape.key_size, shape.value_size) * itemsize > 256:
+      most = min(most, 256)
     return cls(*(_even(n, most) for n in (shape.num_query, shape.num_key)))
 
 
@@ -265,10 +265,9 @@ class Ranges:
 
 def _expand(per_row):
   """Rows of the batch, [rows or 1, …]; of numbers [rows or 1, 1, 1]."""
-  x = per_row.array
-  if len(x) > 1:
-    numbers = per_row.number(np.arange(math.prod(per_row.whole)))
-    x = x[numbers]
+  x, count = per_row.array, math.prod(per_row.whole)
+  if 1 < len(x) < count:
+    x = x[per_row.number(np.arange(count, dtype=np.int32))]
   return x[:, None, None] if x.ndim == 1 else x
 
 
