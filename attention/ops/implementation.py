@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from attention.ops import partitioning
 from attention.ops.call import Call
 from attention.ops.platforms import by_platform
 
@@ -108,13 +109,19 @@ class ByPlatform(Implementation):
 
   choices: tuple  # pairs (platform, Implementation)
 
-  def forward(self, query, key, value, call):
+  def forward(self, *arguments):
+    return partitioning.run(self._forward, False, *arguments)
+
+  def backward(self, *arguments):
+    return partitioning.run(self._backward, True, *arguments)
+
+  def _forward(self, query, key, value, call):
     shape = (*query.shape[:-1], value.shape[-1])
     residual = jax.ShapeDtypeStruct(query.shape[:-1], jnp.float32)
     shapes = jax.ShapeDtypeStruct(shape, query.dtype), residual, residual
     return by_platform(self.choices, 'forward', shapes, query, key, value, call)
 
-  def backward(self, query, key, value, call, *others):
+  def _backward(self, query, key, value, call, *others):
     floats = gradient_of_call(call, call.bias, call.sinks, call.vector)
     shapes = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
