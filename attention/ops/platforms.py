@@ -64,6 +64,25 @@ def by_platform(choices: tuple, method: str, shapes, *args):
   return jax.tree.unflatten(out_tree, results)
 
 
+def find(equation) -> tuple | None:
+  """What an equation of a jaxpr calls, if it is one of `by_platform`'s.
+
+  Returns:
+    (method, shapes of its arguments' leaves, how often `vmap` repeats it), or
+    None.
+  """
+  if equation.primitive is not _by_platform:
+    return None
+  shapes, times = [x.aval.shape for x in equation.invars], 1
+  for dims, size in equation.params['maps'][::-1]:
+    times *= size
+    shapes = [
+      shape if dim is None else shape[:dim] + shape[dim + 1 :]
+      for shape, dim in zip(shapes, dims, strict=True)
+    ]
+  return equation.params['method'], shapes, times
+
+
 _by_platform = Primitive('attention_by_platform')
 _by_platform.multiple_results = True
 

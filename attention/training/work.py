@@ -5,6 +5,8 @@ import os
 
 import jax
 
+from attention.ops import platforms
+
 # Multiplications and additions a second, of dense matrices at the precision
 # that a device is fastest in for training (bfloat16), by its makers' sheets.
 _PEAKS = {
@@ -36,6 +38,9 @@ def _count(jaxpr):
     if equation.primitive.name == 'dot_general':
       total += _of_product(equation)
       continue
+    if found := platforms.find(equation):
+      total += _of_attention(*found)
+      continue
     times = equation.params.get('length', 1)  # of a scan
     inner = jax.tree.leaves(
       list(equation.params.values()), is_leaf=lambda x: _jaxpr(x) is not None
@@ -45,6 +50,13 @@ def _count(jaxpr):
       counts = [max(counts)]
     total += times * sum(counts)
   return total
+
+
+def _of_attention(method, shapes, times):
+  """Of queries with keys and of weights with values, none of them masked."""
+  query, key, value, *_ = shapes
+  forward = 2 * math.prod(query[:-1]) * key[-3] * (query[-1] + value[-1])
+  return times * forward * (1 if method == 'forward' else 2)
 
 
 def _jaxpr(x):

@@ -30,9 +30,11 @@ def test_a_steps_work_is_three_times_its_products():
   assert work.of_step(_Layers(), batch) == 3 * forward
 
 
-def test_a_gpts_work_is_that_of_its_formula(config):
-  settings = config(**{'model.implementation': 'reference'})
-  task = tasks.create(settings)
+@pytest.mark.parametrize(
+  'implementation', [{}, {'model.implementation': 'reference'}]
+)
+def test_a_gpts_work_is_that_of_its_formula(config, implementation):
+  task = tasks.create(config(**implementation))
   m, layers, t, v = 16, 2, 16, task.vocabulary.size
   a_token = layers * (12 * m * m + 2 * t * m) + m * v
   tokens = task.tokens_per_step
