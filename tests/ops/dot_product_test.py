@@ -9,6 +9,8 @@ import pytest
 
 import attention
 from attention import Mask
+from attention.ops import dot_product
+from attention.ops.fused import Tpu, Triton
 
 B, Q, K, H, G, D, E = 3, 5, 7, 6, 2, 11, 13
 
@@ -169,6 +171,27 @@ class TestReference(Contract):
 
 class TestChunked(Contract):
   implementation = 'chunked'
+
+
+class _OfAnySize(Tpu):
+  """Kernels that don't leave short sequences to others."""
+
+  def refusal(self, *_):
+    return None
+
+
+@pytest.mark.parametrize(
+  'kernels', [Triton(interpret=True), _OfAnySize(interpret=True)]
+)
+class TestFused(Contract):
+  """The kernels of GPUs and of TPUs, interpreted."""
+
+  implementation = 'fused'
+
+  @pytest.fixture(autouse=True)
+  def interpreted(self, monkeypatch, kernels):
+    platforms = dot_product._IMPLEMENTATIONS['fused']
+    monkeypatch.setitem(platforms, 'cpu', kernels)
 
 
 def test_default_serves_every_call(qkv, assert_close):
