@@ -32,6 +32,7 @@ def _cases(q, k):
     'window': dict(mask=Mask.window(3, 1)),
     'offsets': dict(mask=Mask.causal(lengths - 8)),
     'lengths': dict(mask=Mask.lengths(lengths[::-1], lengths)),
+    'numbers': dict(mask=Mask.lengths(q - 3, k - 5) & Mask.prefix(k // 3)),
     'segments': dict(mask=Mask.segments(*segments)),
     'prefix': dict(mask=Mask.prefix(lengths)),
     'dense': dict(mask=rng.random((2, 1, H, q, k)) < 0.3),

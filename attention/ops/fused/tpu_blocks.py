@@ -20,7 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 from attention.ops.fused import operands
 from attention.ops.fused.operands import Distances, is_per_row
 from attention.ops.fused.tile import Tile
-from attention.ops.masks import Dense, Segments
+from attention.ops.masks import Band, Dense, Segments
 
 _LANES = 128  # positions in a block are a multiple
 _CHANNELS = 16  # channels too: sublanes of a register of 16 bits
@@ -218,31 +218,27 @@ class Ranges:
     count = -(-other_length // other_size)
     first = np.arange(0, length, size, dtype=np.int32)
     last = np.minimum(first + size, length) - 1
+    begin, end = np.zeros_like(first), np.full_like(first, count - 1)
 
-    def narrow(low, high, conditions):
-      """Positions of (first, last) that all conditions leave."""
-      for c in conditions:
-        more = c.query_range(first, last) if axis else c.key_range(first, last)
-        low = low if more[0] is None else np.maximum(low, more[0])
-        high = high if more[1] is None else np.minimum(high, more[1])
-      return low, high
+    def narrow(condition, maximum, minimum):
+      range_of = condition.query_range if axis else condition.key_range
+      low, high = range_of(first, last)
+      return (
+        begin if low is None else maximum(begin, low // other_size),
+        end if high is None else minimum(end, high // other_size),
+      )
 
     ranged = [c for c in call.conditions if not isinstance(c, Dense | Segments)]
-    is_static = [not jax.tree.leaves(c) for c in ranged]
-    static = [c for c, s in zip(ranged, is_static, strict=True) if s]
-    low, high = np.zeros_like(first), np.full_like(first, other_length - 1)
-    low, high = narrow(low, high, static)
-    begin, end = low // other_size, high // other_size
+    is_static = [isinstance(c, Band) and not jax.tree.leaves(c) for c in ranged]
+    for c, static in zip(ranged, is_static, strict=True):
+      if static:
+        begin, end = narrow(c, np.maximum, np.minimum)
     steps = max(int((end - begin).max()) + 1, 1)
-    begin, end = jnp.asarray(begin)[None, None], jnp.asarray(end)[None, None]
-    for c, s in zip(ranged, is_static, strict=True):
-      if not s:
+    begin, end = begin[None, None], end[None, None]
+    for c, static in zip(ranged, is_static, strict=True):
+      if not static:
         c = jax.tree.map(_expand, c, is_leaf=is_per_row)
-        more = c.query_range(first, last) if axis else c.key_range(first, last)
-        if more[0] is not None:
-          begin = jnp.maximum(begin, more[0] // other_size)
-        if more[1] is not None:
-          end = jnp.minimum(end, more[1] // other_size)
+        begin, end = narrow(c, jnp.maximum, jnp.minimum)
     for limit in operands.limits(shape, call, cut.queries, cut.keys, axis):
       x = _expand(limit)
       begin, end = jnp.maximum(begin, x[..., 0]), jnp.minimum(end, x[..., 1])
