@@ -1,5 +1,7 @@
 """What all tests share."""
 
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,13 @@ import pytest
 # How far results may be from the truth, by dtype: relative to the largest
 # value that is compared.
 _TOLERANCES = {'float32': 2e-5, 'bfloat16': 2e-2, 'float16': 4e-3}
+
+
+def pytest_configure(config):
+  """Short tests compile more than they compute: they skip optimisations."""
+  if config.option.markexpr == 'not slow':
+    os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'  # also of subprocesses
+    jax.config.update('jax_disable_most_optimizations', True)
 
 
 @pytest.fixture
