@@ -26,8 +26,10 @@ def _within(length, other_first, other_length):
   high = None if length is None else length - 1
   if other_length is None:
     return None, high
-  is_past = other_first >= other_length
-  return None, jnp.where(is_past, -1, 2**30 if high is None else high)
+  high = 2**30 if high is None else high
+  is_past = jnp.asarray(other_first >= other_length)
+  # No select of -1 or 2^30: Triton's would give a boolean.
+  return None, high - is_past.astype(jnp.int32) * (high + 1)
 
 
 class Condition:

@@ -247,6 +247,17 @@ def test_the_choice_follows_the_platform_lowered_for(qkv):
     function.trace(*qkv).lower(lowering_platforms=('tpu',))
 
 
+def test_gradients_under_key_lengths_lower_for_a_gpu(qkv):
+  def total(qkv, lengths):
+    mask = Mask.lengths(key_lengths=lengths)
+    return attention.dot_product_attention(*qkv, mask=mask).sum()
+
+  traced = jax.jit(jax.grad(total)).trace(qkv, jnp.full(B, 3))
+  with _a_gpu():
+    lowered = traced.lower(lowering_platforms=('cuda',))
+  assert 'attention_key_kernel' in lowered.as_text()
+
+
 def test_every_branch_can_be_mapped(qkv, assert_close):
   stacked = [jnp.stack([x, 2 * x], 1) for x in qkv]
   mapped = jax.vmap(attention.dot_product_attention, 1, 1)(*stacked)

@@ -31,6 +31,7 @@ def _cases(q, k):
     'offsets': dict(mask=Mask.causal(lengths - 8)),
     'lengths': dict(mask=Mask.lengths(lengths[::-1], lengths)),
     'numbers': dict(mask=Mask.lengths(q - 3, k - 5) & Mask.prefix(k // 3)),
+    'key_lengths': dict(mask=Mask.lengths(key_lengths=lengths)),
     'segments': dict(mask=Mask.segments(*segments)),
     'prefix': dict(mask=Mask.prefix(lengths)),
     'dense': dict(mask=rng.random((2, 1, H, q, k)) < 0.3),
