@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import contextlib
 import os
 
 import jax
@@ -49,3 +50,20 @@ def arrays():
     ]
 
   return make
+
+
+@pytest.fixture
+def a_gpu():
+  """with a_gpu(): what newer JAX asks for where no GPU is attached."""
+
+  def context():
+    if jax.__version_info__ < (0, 11):
+      return contextlib.nullcontext()
+    device = jax.sharding.AbstractDevice('NVIDIA H100', 1, 'cuda')
+    explicit = (jax.sharding.AxisType.Explicit,)
+    mesh = jax.sharding.AbstractMesh(
+      (1,), ('x',), explicit, abstract_device=device
+    )
+    return jax.sharding.use_abstract_mesh(mesh)
+
+  return context

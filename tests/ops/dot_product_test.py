@@ -1,7 +1,5 @@
 """The contract of `dot_product_attention`, for every implementation."""
 
-import contextlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -216,19 +214,7 @@ def test_explain_follows_the_platform():
     told('vulkan')
 
 
-def _a_gpu():
-  """What newer JAX asks for where no GPU is attached."""
-  if jax.__version_info__ < (0, 11):
-    return contextlib.nullcontext()
-  device = jax.sharding.AbstractDevice('NVIDIA H100', 1, 'cuda')
-  explicit = (jax.sharding.AxisType.Explicit,)
-  mesh = jax.sharding.AbstractMesh(
-    (1,), ('x',), explicit, abstract_device=device
-  )
-  return jax.sharding.use_abstract_mesh(mesh)
-
-
-def test_the_choice_follows_the_platform_lowered_for(qkv):
+def test_the_choice_follows_the_platform_lowered_for(qkv, a_gpu):
   x = jax.ShapeDtypeStruct((B, 64, H, D), jnp.float32)
 
   def text(platform):
@@ -236,7 +222,7 @@ def test_the_choice_follows_the_platform_lowered_for(qkv):
     lowered = function.trace(x, x, x).lower(lowering_platforms=(platform,))
     return lowered.as_text()
 
-  with _a_gpu():
+  with a_gpu():
     assert 'attention_forward_kernel' in text('cuda')
   assert 'tpu_custom_call' in text('tpu')
   assert 'custom_call' not in text('cpu')
@@ -247,13 +233,13 @@ def test_the_choice_follows_the_platform_lowered_for(qkv):
     function.trace(*qkv).lower(lowering_platforms=('tpu',))
 
 
-def test_gradients_under_key_lengths_lower_for_a_gpu(qkv):
+def test_gradients_under_key_lengths_lower_for_a_gpu(qkv, a_gpu):
   def total(qkv, lengths):
     mask = Mask.lengths(key_lengths=lengths)
     return attention.dot_product_attention(*qkv, mask=mask).sum()
 
   traced = jax.jit(jax.grad(total)).trace(qkv, jnp.full(B, 3))
-  with _a_gpu():
+  with a_gpu():
     lowered = traced.lower(lowering_platforms=('cuda',))
   assert 'attention_key_kernel' in lowered.as_text()
 

@@ -6,7 +6,7 @@ import pytest
 
 import attention
 from attention import Mask
-from attention.ops import biases, reference
+from attention.ops import biases, dot_product, reference
 from attention.ops.checks import check
 from attention.ops.fused import Tpu, Triton
 
@@ -136,3 +136,18 @@ def test_tpu_kernels_say_what_they_do_not_compute(changed, reason):
     q, k, k, mask=options['mask'], platform='tpu', implementation='fused'
   )
   assert told[0][1] == 'chosen' if reason is None else reason in told[0][1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('platform', ['cuda', 'tpu'])
+@pytest.mark.parametrize('case', CASES)
+def test_values_and_gradients_lower_for_the_device(case, platform, a_gpu):
+  checked, cotangent = _arguments(case, 150, 290, 'bfloat16')
+
+  def attend(*checked):
+    return dot_product._dispatch('fused', *checked)
+
+  traced = jax.jit(lambda *a: _gradients(attend, *a)).trace(checked, cotangent)
+  with a_gpu():
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+  assert text.count('attention_key_kernel') > 0
