@@ -10,6 +10,7 @@ import warnings
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
@@ -60,8 +61,21 @@ def by_platform(choices: tuple, method: str, shapes, *args):
     tree=tree,
     shapes=tuple((x.shape, jnp.dtype(x.dtype)) for x in expected),
     maps=(),
+    like=_needs_devices(),
   )
   return jax.tree.unflatten(out_tree, results)
+
+
+@functools.cache
+def _needs_devices():
+  """A program that JAX lowers for known devices only.
+
+  It looks for such in the parameters of operations; what is traced while
+  lowering (see partitioning.py), it can't see.
+  """
+  identity = custom_partitioning(lambda x: x)
+  identity.def_partition(None, sharding_rule='i -> i')
+  return jax.make_jaxpr(identity)(jnp.zeros(1))
 
 
 def find(equation) -> tuple | None:
@@ -89,7 +103,8 @@ _by_platform.multiple_results = True
 
 @_by_platform.def_impl
 @functools.partial(
-  jax.jit, static_argnames=('choices', 'method', 'tree', 'shapes', 'maps')
+  jax.jit,
+  static_argnames=('choices', 'method', 'tree', 'shapes', 'maps', 'like'),
 )
 def _run(*leaves, **params):
   return _by_platform.bind(*leaves, **params)
@@ -117,8 +132,8 @@ def _batch(leaves, dims, *, shapes, maps, **params):
 batching.primitive_batchers[_by_platform] = _batch
 
 
-def _lower(platform, *leaves, choices, method, tree, shapes, maps):
-  del shapes
+def _lower(platform, *leaves, choices, method, tree, shapes, maps, like):
+  del shapes, like
 
   def function(*leaves):
     chosen = getattr(dict(choices)[platform], method)

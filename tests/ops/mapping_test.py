@@ -1,13 +1,34 @@
 """Rows in blocks give what they give all at once, gradients too."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from attention.ops import mapping
+from attention.ops.platforms import PLATFORMS, by_platform
 
 R, T, M, C = 11, 3, 5, 7
+
+
+@pytest.fixture
+def cut(monkeypatch):
+  """cut(platform, rows): computes here as there, in blocks of `rows`."""
+
+  def prepare(platform, rows):
+    def run(choices, *args):
+      chosen = dict(choices)[platform]
+      return by_platform(tuple((p, chosen) for p in PLATFORMS), *args)
+
+    monkeypatch.setattr(mapping, 'by_platform', run)
+    monkeypatch.setattr(mapping, '_POSITIONS', rows * T)
+    if platform != 'cpu':
+      monkeypatch.setattr(mapping, '_POSITIONS', T)
+      monkeypatch.setattr(mapping, '_LARGE', rows * T * C * 4)
+
+  return prepare
 
 
 def _function(shared, x, mask):
@@ -38,17 +59,67 @@ def _inputs(arrays, axis, dtype=jnp.float32):
 
 
 @pytest.mark.parametrize('axis', [0, 1])
-@pytest.mark.parametrize('rows', [1, 4, 10])  # even and ragged
+@pytest.mark.parametrize(
+  ('platform', 'rows'),  # even, ragged and whole
+  [('cpu', 1), ('cpu', 4), ('cpu', 10), ('cuda', 4), ('cuda', R)],
+)
 def test_blocks_give_the_whole_and_its_gradients(
-  axis, rows, arrays, assert_close, monkeypatch
+  axis, platform, rows, arrays, assert_close, cut
 ):
-  monkeypatch.setattr(mapping, '_POSITIONS', rows * T)
+  cut(platform, rows)
   inputs = _inputs(arrays, axis)
   expected = jax.tree.leaves(_run(True, axis, inputs))
   for one, two in zip(
     jax.tree.leaves(_run(False, axis, inputs)), expected, strict=True
   ):
     assert_close(one, two)
+
+
+@pytest.mark.parametrize(('platform', 'rows'), [('cpu', 4), ('cuda', R)])
+def test_blocks_can_be_mapped_scanned_and_recomputed(
+  platform, rows, arrays, assert_close, cut
+):
+  cut(platform, rows)
+  w, xs = arrays((M, M), (2, R, T, M))
+
+  def gradients(is_whole):
+    def layer(x, w):
+      x = mapping.map_rows(
+        lambda w, x: jnp.tanh(x @ w), w, x, is_whole=is_whole
+      )
+      return x, None
+
+    def loss(w, x):
+      ws = jnp.stack([w, 2 * w])
+      return jnp.square(jax.lax.scan(jax.checkpoint(layer), x, ws)[0]).sum()
+
+    return jax.jit(jax.vmap(jax.grad(loss, (0, 1)), (None, 0)))(w, xs)
+
+  for one, two in zip(gradients(False), gradients(True), strict=True):
+    assert_close(one, two)
+
+
+def test_blocks_are_cut_for_the_platform_lowered_for():
+  def call(w, x):
+    return mapping.map_rows(lambda w, x: jnp.tanh(x @ w), w, x)
+
+  def program(rows, platform):
+    shapes = (
+      jax.ShapeDtypeStruct((8, 1024), jnp.float32),
+      jax.ShapeDtypeStruct((rows, 64, 8), jnp.float32),
+    )
+    gradient = jax.jit(jax.grad(lambda *x: call(*x).sum(), (0, 1)))
+    lowered = gradient.trace(*shapes).lower(lowering_platforms=(platform,))
+    text = lowered.as_text()
+    blocks = re.findall(r'stablehlo.tanh .*tensor<(\d+)x64x1024xf32>', text)
+    return set(map(int, blocks)), 'optimization_barrier' in text
+
+  # 2,048 positions on CPUs, 64 MiB of hidden numbers elsewhere.
+  assert program(512, 'cpu') == ({32}, False)
+  for platform in ('cuda', 'rocm', 'tpu'):
+    assert program(512, platform) == ({256}, False)
+    # All rows at once, computed anew all the same.
+    assert program(128, platform) == ({128}, True)
 
 
 def test_gradients_of_shared_arrays_are_summed_in_float32(
