@@ -5,7 +5,7 @@ import dataclasses
 import haiku as hk
 import jax.numpy as jnp
 
-from attention.modules.layers import LayerNorm, Linear, dropout
+from attention.modules.layers import Embed, LayerNorm, Linear, add, dropout
 from attention.modules.transformer import TransformerBlock
 from attention.ops.masks import Mask
 
@@ -47,16 +47,14 @@ class Classifier(hk.Module):
     if self.vocab_size is None:
       x = Linear(self.model_size, name='inputs')(inputs)
     else:
-      x = hk.Embed(
-        self.vocab_size, self.model_size, w_init=init, name='tokens'
-      )(inputs)
+      x = Embed(self.vocab_size, self.model_size, w_init=init, name='tokens')(
+        inputs
+      )
     batch, length = inputs.shape[:2]
-    x = (
-      x
-      + hk.get_parameter(
-        'positions', (self.context_size, self.model_size), x.dtype, init
-      )[:length]
+    positions = hk.get_parameter(
+      'positions', (self.context_size, self.model_size), x.dtype, init
     )
+    x = add(x, positions[:length])
     lengths = jnp.full(batch, length) if lengths is None else lengths
     if self.pooling == 'first':
       first = hk.get_parameter('first', (self.model_size,), x.dtype, init)

@@ -7,7 +7,7 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 
-from attention.modules.layers import LayerNorm, Linear, dropout
+from attention.modules.layers import Embed, LayerNorm, Linear, add, dropout
 from attention.modules.stack import run_blocks
 from attention.modules.transformer import TransformerBlock
 from attention.ops.cache import Cache
@@ -76,7 +76,7 @@ class GPT(hk.Module):
     residual_init = hk.initializers.RandomNormal(
       0.02 / math.sqrt(2 * self.num_layers)
     )
-    token_table = hk.Embed(
+    token_table = Embed(
       self.vocab_size, self.model_size, w_init=init, name='tokens'
     )
     positions = hk.get_parameter(
@@ -86,7 +86,7 @@ class GPT(hk.Module):
       positions = positions[:length]
     else:
       positions = positions[first.positions(tokens.shape[-1])]
-    x = token_table(tokens) + positions
+    x = add(token_table(tokens), positions)
     x = dropout(x, self.dropout_rate, is_training)
     # One array, for every layer to read: see TransformerBlock.
     x = jax.lax.optimization_barrier(x)

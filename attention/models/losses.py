@@ -19,7 +19,10 @@ def token_cross_entropy(
       vocabulary (Szegedy et al. 2016, section 7).
   """
   logits = logits.astype(jnp.float32)
-  picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+  # Not by indices: the gradient of that is an array of zeros in float32, added
+  # to the softmax's, where this one is part of the kernel that computes both.
+  is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
+  picked = jnp.where(is_target, logits, 0).sum(-1)
   if label_smoothing:
     picked += label_smoothing * (logits.mean(-1) - picked)
   return jax.nn.logsumexp(logits, axis=-1) - picked

@@ -7,7 +7,7 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 
-from attention.modules.layers import LayerNorm, Linear, dropout
+from attention.modules.layers import Embed, LayerNorm, Linear, add, dropout
 from attention.modules.transformer import TransformerBlock
 from attention.ops.cache import Cache, CrossCache
 from attention.ops.masks import Mask
@@ -112,7 +112,7 @@ class Translator(hk.Module):
     """Embeddings of the source (None for vectors) and the target."""
 
     def table(name):
-      return hk.Embed(
+      return Embed(
         self.vocab_size,
         self.model_size,
         w_init=hk.initializers.RandomNormal(self.model_size**-0.5),
@@ -133,7 +133,7 @@ class Translator(hk.Module):
     else:
       x = table(inputs) * math.sqrt(self.model_size)
     codes = self._positions(side, x.shape[-2], cache)
-    x = dropout(x + codes.astype(x.dtype), self.dropout_rate, is_training)
+    x = dropout(add(x, codes), self.dropout_rate, is_training)
     # One array, for every layer to read: see TransformerBlock.
     return jax.lax.optimization_barrier(x)
 

@@ -14,13 +14,41 @@ class Linear(hk.Linear):
   """`hk.Linear` that flattens the leading axes before the matrix product.
 
   Its weights' gradient is then one 2-D product too, where on CPU XLA would
-  transpose and copy the operands of a product with more axes.
+  transpose and copy the operands of a product with more axes. The bias's
+  gradient adds up in float32: see `add`.
   """
 
   def __call__(self, inputs, *, precision=None):
     flat = inputs.reshape(math.prod(inputs.shape[:-1]), inputs.shape[-1])
-    outputs = super().__call__(flat, precision=precision)
-    return outputs.reshape(*inputs.shape[:-1], outputs.shape[-1])
+    init = self.w_init or hk.initializers.TruncatedNormal(
+      1 / math.sqrt(inputs.shape[-1])
+    )
+    shape = (inputs.shape[-1], self.output_size)
+    weights = hk.get_parameter('w', shape, inputs.dtype, init)
+    outputs = jnp.dot(flat, weights, precision=precision)
+    if self.with_bias:
+      bias = hk.get_parameter('b', shape[1:], inputs.dtype, self.b_init)
+      outputs = add(outputs, bias)
+    return outputs.reshape(*inputs.shape[:-1], self.output_size)
+
+
+class Embed(hk.Embed):
+  """`hk.Embed` whose gradient, a sum over tokens, adds up in float32."""
+
+  def __call__(self, ids):
+    table = self.embeddings
+    dtype = jnp.promote_types(table.dtype, jnp.float32)
+    return table.astype(dtype)[ids].astype(table.dtype)
+
+
+def add(x: jax.Array, bias: jax.Array) -> jax.Array:
+  """x + bias, which broadcasts to x; added in float32, in the dtype of x.
+
+  The bias's gradient is a sum over many positions: in bfloat16 it would stop
+  growing where a term is 1/256 of it.
+  """
+  dtype = jnp.promote_types(x.dtype, jnp.float32)
+  return (x.astype(dtype) + bias.astype(dtype)).astype(x.dtype)
 
 
 class LayerNorm(hk.Module):
@@ -105,7 +133,7 @@ class Affine(NamedTuple):
   bias: object  # [o]
 
   def __call__(self, x):
-    flat = x.reshape(-1, x.shape[-1]) @ self.weights + self.bias
+    flat = add(x.reshape(-1, x.shape[-1]) @ self.weights, self.bias)
     return flat.reshape(*x.shape[:-1], -1)
 
 

@@ -86,6 +86,14 @@ def test_cross_entropy_counts_nats_where_the_mask_is_true(assert_close):
   assert count == 1
 
 
+def test_cross_entropy_has_no_scatter_in_its_gradient():
+  # That would be an array of float32 in the logits' size, which XLA keeps.
+  logits, targets = jnp.zeros((5, 7, 13), jnp.bfloat16), jnp.zeros((5, 7), int)
+  gradient = jax.grad(lambda logits: cross_entropy(logits, targets)[0])
+  assert 'scatter' not in str(jax.make_jaxpr(gradient)(logits))
+  assert gradient(logits).dtype == jnp.bfloat16
+
+
 def _step(model, params):
   def step(tokens, cache):
     logits, cache = model.apply(params, None, tokens, cache=cache)

@@ -1,4 +1,6 @@
-"""Dropout: drops what it says, by chance, and nothing else."""
+"""Dropout drops what it says, by chance; what is shared adds up in float32."""
+
+import re
 
 import haiku as hk
 import jax
@@ -6,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attention.modules.layers import dropout
+from attention.modules.layers import Affine, Embed, Linear, add, dropout
 
 
 def _drop(x, rate=0.3, is_training=True, seed=0):
@@ -55,3 +57,36 @@ def test_dropout_keeps_the_dtype_and_rests_when_not_training():
 def test_rates_that_cannot_be_are_refused(rate, is_training):
   with pytest.raises(ValueError, match=rf'expected \[0, 1\), got {rate}'):
     _drop(jnp.ones((3, 5)), rate, is_training)
+
+
+def _shared(params, tokens):
+  """Sums over all tokens of what a table, a bias and positions give."""
+  x = Embed(3, 5, name='tokens')(tokens)
+  x = Linear(7)(add(x, hk.get_parameter('positions', (5,), init=jnp.ones)))
+  return Affine(params['weights'], params['bias'])(x)
+
+
+def test_gradients_of_what_many_share_add_up_in_float32(assert_close):
+  model = hk.without_apply_rng(hk.transform(_shared))
+  tokens = np.zeros((8, 512), int)
+  rest = {'weights': jnp.ones((7, 2)), 'bias': jnp.zeros(2)}
+  params = model.init(jax.random.key(0), rest, tokens), rest
+
+  def gradients_of(dtype):
+    def loss(params):
+      cast = jax.tree.map(lambda p: p.astype(dtype), params)
+      outputs = model.apply(*cast, tokens)
+      assert outputs.dtype == dtype
+      return 0.01 * outputs.astype(jnp.float32).sum()
+
+    return jax.grad(loss)
+
+  exact, mixed = (gradients_of(dtype) for dtype in ('float32', 'bfloat16'))
+  for x, y in zip(
+    *(jax.tree.leaves(jax.jit(f)(params)) for f in (mixed, exact)), strict=True
+  ):
+    assert_close(x, y, 'bfloat16')
+  # Some compilers add up some of bfloat16 in float32 anyway.
+  program = str(jax.make_jaxpr(mixed)(params))
+  assert not re.search(r':bf16\[.*\] = (reduce_sum|scatter-add)', program)
+  assert 'scatter-add' in program
