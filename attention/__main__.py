@@ -79,8 +79,9 @@ def evaluate(arguments) -> int:
   files = arguments.source, arguments.target
   if files == (None, None):
     set_up_jax()
-    config = records.load_config(pathlib.Path(arguments.workdir))
-    task = tasks.create(config)
+    workdir = pathlib.Path(arguments.workdir)
+    config = records.load_config(workdir)
+    task = tasks.create(config, records.load_data(workdir))
     params = trained.params(arguments.workdir, task)
     if config.task != 'translation':
       for name, value in task.evaluate(params, jax.device_put).items():

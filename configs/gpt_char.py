@@ -42,11 +42,13 @@ def _default():
       'seed': 0,
       'data': {
         'path': '',  # a UTF-8 text; '': the Python standard library's source
-        'level': 'characters',  # or 'bytes'
+        'level': 'characters',  # 'bytes', 'bpe' or a path: tokenizer.json
+        'vocab_size': 1_024,  # of 'bpe', which is learnt from the text
         'context_size': context_size,
         'batch_size': 12,
       },
       'model': {
+        'vocab_size': 0,  # 0: as many as the data has
         'context_size': context_size,
         'num_layers': 4,
         'num_heads': 4,

@@ -1,4 +1,4 @@
-"""Text as tokens: characters or bytes, and windows of them in batches."""
+"""A text in tokens, and windows of it in batches."""
 
 import dataclasses
 import functools
@@ -9,56 +9,10 @@ import sysconfig
 import grain
 import numpy as np
 
+from attention.data.subwords import Subwords, cut
+from attention.data.vocabularies import Bytes, Characters
+
 _STANDARD_LIBRARY = "the Python standard library's own source"
-
-
-@dataclasses.dataclass(frozen=True)
-class Characters:
-  """The symbols of a text, numbered in order of their code points."""
-
-  symbols: str
-
-  @classmethod
-  def of(cls, text: str) -> 'Characters':
-    return cls(''.join(sorted(set(text))))
-
-  @property
-  def size(self) -> int:
-    return len(self.symbols)
-
-  def encode(self, text: str) -> np.ndarray:
-    """Token ids [t] int32.
-
-    Raises:
-      ValueError: a symbol that the vocabulary doesn't have.
-    """
-    known = _code_points(self.symbols)
-    points = _code_points(text)
-    tokens = np.minimum(np.searchsorted(known, points), len(known) - 1)
-    strange = points[known[tokens] != points]
-    if len(strange):
-      symbols = ''.join(map(chr, sorted(set(strange.tolist()))))
-      raise ValueError(
-        f'symbols {symbols!r} are not among the {self.size} that the model '
-        'has seen'
-      )
-    return tokens.astype(np.int32)
-
-  def decode(self, tokens) -> str:
-    return ''.join(self.symbols[int(t)] for t in tokens)
-
-
-@dataclasses.dataclass(frozen=True)
-class Bytes:
-  """UTF-8 bytes: 256 tokens, any text."""
-
-  size = 256
-
-  def encode(self, text: str) -> np.ndarray:
-    return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
-
-  def decode(self, tokens) -> str:
-    return bytes(int(t) for t in tokens).decode(errors='replace')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +21,7 @@ class Text:
 
   name: str  # where it came from
   sha256: str
-  vocabulary: Characters | Bytes
+  vocabulary: Characters | Bytes | Subwords
   tokens: np.ndarray  # [n] int32
   context_size: int  # tokens in a window
   batch_size: int  # windows in a batch
@@ -79,42 +33,52 @@ class Text:
     *,
     path: str = '',
     level: str = 'characters',
+    vocab_size: int = 1_024,
     context_size: int,
     batch_size: int,
     seed: int = 0,
+    record: dict | None = None,
   ) -> 'Text':
     """Reads a text.
 
     Args:
       path: a UTF-8 file; '' for the Python standard library's own source.
-      level: 'characters' or 'bytes': what a token is.
+      level: what a token is: one of 'characters' and 'bytes'; 'bpe', pieces
+        learnt from the first 90% of the text; or the path of a tokenizer.json.
+      vocab_size: of 'bpe', at most.
       context_size: tokens in a window.
       batch_size: windows in a batch.
       seed: of the order of the windows.
+      record: what was recorded of a text at that level. If it is this one, its
+        vocabulary is taken, not learnt or read again.
 
     Raises:
       ValueError: an unknown level; an empty file, one that isn't UTF-8, or
-        one too short for a window.
+        one too short for a window; a vocabulary that is too small, or a
+        tokenizer that doesn't keep the text; no `tokenizers`.
       OSError: a file that can't be read.
     """
     text = read_text(path) if path else standard_library()
-    levels = {'characters': Characters.of, 'bytes': lambda _: Bytes()}
-    if level not in levels:
-      raise ValueError(
-        f'data.level: expected one of {sorted(levels)}, got {level!r}'
-      )
+    sha256 = hashlib.sha256(text.encode()).hexdigest()
     for key, count in (
       ('context_size', context_size),
       ('batch_size', batch_size),
     ):
       if count < 1:
         raise ValueError(f'data.{key}: expected 1 or more, got {count}')
-    vocabulary = levels[level](text)
+    if record and record['sha256'] == sha256:
+      vocabulary = recorded(level, record['vocabulary'])
+    else:
+      vocabulary = _vocabulary(level, text, vocab_size)
+    try:
+      tokens = vocabulary.encode(text)
+    except ValueError as error:
+      raise ValueError(f'data.level: {level}: {error}') from None
     data = cls(
       name=path or _STANDARD_LIBRARY,
-      sha256=hashlib.sha256(text.encode()).hexdigest(),
+      sha256=sha256,
       vocabulary=vocabulary,
-      tokens=vocabulary.encode(text),
+      tokens=tokens,
       context_size=context_size,
       batch_size=batch_size,
       seed=seed,
@@ -134,6 +98,11 @@ class Text:
   @property
   def validation(self) -> np.ndarray:
     return self.tokens[len(self.tokens) * 9 // 10 :]
+
+  @functools.cached_property
+  def validation_bytes(self) -> int:
+    """UTF-8 bytes of all validation targets, but for a symbol cut in two."""
+    return len(self.vocabulary.decode(self.validation[1:]).encode())
 
   @functools.cached_property
   def _batches(self):
@@ -177,6 +146,27 @@ class Text:
       yield {name: part[i] for name, part in parts.items()}
 
 
+def recorded(level: str, vocabulary: str | None):
+  """A vocabulary of that level from the record of a run."""
+  if level == 'bytes':
+    return Bytes()
+  return (Characters if level == 'characters' else Subwords)(vocabulary)
+
+
+def _vocabulary(level, text, vocab_size):
+  if level == 'bpe':
+    return Subwords.learn(cut(text[: len(text) * 9 // 10]), vocab_size)
+  if level.endswith('.json'):
+    return Subwords(read_text(level))
+  levels = {'characters': Characters.of, 'bytes': lambda _: Bytes()}
+  if level not in levels:
+    raise ValueError(
+      "data.level: expected one of ['bpe', 'bytes', 'characters'], or the path "
+      f'of a tokenizer.json, got {level!r}'
+    )
+  return levels[level](text)
+
+
 def read_text(path: str) -> str:
   """A UTF-8 file's text.
 
@@ -211,7 +201,3 @@ def standard_library() -> str:
       '--config.data.path=FILE'
     )
   return text
-
-
-def _code_points(text: str) -> np.ndarray:
-  return np.frombuffer(text.encode('utf-32-le', 'surrogatepass'), np.uint32)

@@ -9,7 +9,15 @@ import pathlib
 import numpy as np
 
 from attention.data import dates, tones
-from attention.data.vocabularies import END, PAD, START, Bpe, Utf8
+from attention.data.subwords import Subwords
+from attention.data.vocabularies import (
+  END,
+  NUM_SPECIAL,
+  PAD,
+  START,
+  Bytes,
+  Framed,
+)
 
 ROWS = 8  # rows of a batch are a multiple, so that devices can share them
 
@@ -169,7 +177,7 @@ class Translations:
 
   name: str  # where it came from
   sha256: str
-  vocabulary: Utf8 | Bpe
+  vocabulary: Framed
   pairs: dict  # part ('train', 'validation', …): (sources, targets), as read
   train: Buckets
   max_length: int  # tokens of a source or target in it
@@ -222,7 +230,7 @@ class Translations:
       parts, name = _EMBEDDED[embedded](num_pairs, seed), embedded
     sources, targets = parts['train']
     texts = [x for x in sources if isinstance(x, str)] + targets
-    vocabulary = Utf8() if level == 'bytes' else Bpe.train(texts, vocab_size)
+    vocabulary = Framed(_pieces(level, texts, vocab_size))
     encoded = encode_sources(sources, vocabulary), vocabulary.encode(targets)
     kept = [
       (s, t)
@@ -248,7 +256,7 @@ class Translations:
     first = self.train.sources[0]
     return {
       'sha256': self.sha256,
-      'vocabulary': getattr(self.vocabulary, 'json', None),
+      'vocabulary': self.vocabulary.of.record,
       'max_length': self.max_length,
       'target_length': max(t for _, t in self.train.shapes),
       'frame_size': first.shape[1] if first.ndim == 2 else 0,
@@ -350,6 +358,14 @@ def _check(level, embedded, path):
     raise ValueError(
       f'data.embedded: expected one of {sorted(_EMBEDDED)}, got {embedded!r}'
     )
+
+
+def _pieces(level, texts, vocab_size):
+  if level == 'bytes':
+    return Bytes()
+  return Subwords.learn(
+    texts, vocab_size, num_special=NUM_SPECIAL, add_prefix_space=True
+  )
 
 
 def _hash(parts) -> str:

@@ -71,7 +71,7 @@ def prepare(
   optimizer, schedule = optimizers.adamw(
     steps=settings.steps, **config.optimizer
   )
-  task = tasks.create(config)
+  task = tasks.create(config, records.data_to_go_on(workdir, config))
   if task.batch_size % settings.num_microbatches:
     raise ValueError(
       'training.num_microbatches: expected a divisor of the batch of '

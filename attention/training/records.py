@@ -39,6 +39,16 @@ def load_data(workdir: pathlib.Path) -> dict:
   return _read(workdir / 'data.json', 'sha256')
 
 
+def data_to_go_on(workdir: pathlib.Path, config) -> dict | None:
+  """`load_data`, if a run with that config.data goes on in a workdir."""
+  if not (workdir / 'config.json').exists():
+    return None
+  old = load_config(workdir).data.to_dict()
+  is_same = old == config.data.to_dict()
+  goes_on = is_same and checkpoints.has_any(workdir / 'checkpoints')
+  return load_data(workdir) if goes_on else None
+
+
 def _read(path, *keys):
   """A file's JSON object, which has those keys."""
   try:
@@ -87,11 +97,16 @@ def check(workdir: pathlib.Path, config, data: dict) -> str | None:
       'choose another --workdir, or the same config'
     )
   old_data = load_data(workdir)
-  if old_data != data:
+  if old_data['sha256'] != data['sha256']:
     raise ValueError(
       f'{workdir}: holds a run on other data (sha256 '
       f'{old_data["sha256"][:8]}… → {data["sha256"][:8]}…); choose another '
       '--workdir, or restore the data'
+    )
+  if old_data != data:
+    raise ValueError(
+      f'{workdir}/data.json: records another vocabulary of the same data; '
+      'restore the file, or the version of tokenizers that the run began with'
     )
   before, after = old['training.steps'], new['training.steps']
   if before != after:

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 from attention.data import language
+from attention.data.subwords import Subwords
+from attention.data.vocabularies import Bytes, Characters
 
 
 @pytest.fixture
@@ -19,18 +21,17 @@ def _load(path, **fields):
   )
 
 
-@pytest.mark.parametrize(
-  'vocabulary', [language.Characters.of('héello\n🙂'), language.Bytes()]
-)
+@pytest.mark.parametrize('vocabulary', [Characters.of('héello\n🙂'), Bytes()])
 def test_decoding_undoes_encoding(vocabulary):
   tokens = vocabulary.encode('🙂hello\né')
   assert tokens.dtype == np.int32
   assert tokens.max() < vocabulary.size
   assert vocabulary.decode(tokens) == '🙂hello\né'
+  assert len(vocabulary.pieces(tokens)) == len(tokens)
 
 
 def test_unseen_symbols_are_named():
-  vocabulary = language.Characters.of('abc')
+  vocabulary = Characters.of('abc')
   for text in ('abcd', 'aé', 'A'):
     with pytest.raises(ValueError, match="symbols '[dAé]' are not among the 3"):
       vocabulary.encode(text)
@@ -90,6 +91,30 @@ def test_bytes_take_any_text(tmp_path):
   data = _load(path, level='bytes')
   assert data.vocabulary.size == 256
   assert bytes(data.tokens.astype(np.uint8)).decode() == path.read_text()
+
+
+def test_subwords_are_learnt_from_what_is_trained_on(tmp_path):
+  path = tmp_path / 'text.txt'
+  path.write_text('the fox ' * 900 + 'zebras 🙂 ' * 80)
+  data = _load(path, level='bpe', vocab_size=270)
+  assert data.vocabulary.decode(data.tokens) == path.read_text()
+  assert data.vocabulary.encode(' fox').size == 1
+  assert data.vocabulary.encode(' zebras').size > 3
+  assert len(data.train) == len(data.tokens) * 9 // 10
+  assert data.tokens.max() < data.vocabulary.size <= 270
+  text = data.vocabulary.decode(data.validation[1:])
+  assert data.validation_bytes == len(text.encode())
+
+
+def test_a_record_of_the_text_saves_learning(path, monkeypatch):
+  fields = dict(level='bpe', vocab_size=258)
+  data = _load(path, **fields)
+  record = {'sha256': data.sha256, 'vocabulary': data.vocabulary.record}
+  monkeypatch.setattr(Subwords, 'learn', None)
+  again = _load(path, record=record, **fields)
+  np.testing.assert_array_equal(again.tokens, data.tokens)
+  with pytest.raises(TypeError):  # of another text
+    _load(path, record=record | {'sha256': '0'}, **fields)
 
 
 def test_unusable_files_are_refused(tmp_path):

@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 
 from attention.data import dates, tones, translation
-from attention.data.vocabularies import END, START, Bpe, Utf8
+from attention.data.subwords import Subwords
+from attention.data.vocabularies import (
+  END,
+  NUM_SPECIAL,
+  START,
+  Bytes,
+  Framed,
+)
 
 _TEXTS = ['ein Haus', 'zwei kleine Häuser, am Fluß', 'drei', 'ein Boot'] * 9
 
@@ -26,7 +33,13 @@ def _buckets(**options):
   return translation.Buckets.of(*_pairs(), **options)
 
 
-@pytest.mark.parametrize('vocabulary', [Utf8(), Bpe.train(_TEXTS, 290)])
+def _learn(size):
+  return Framed(
+    Subwords.learn(_TEXTS, size, num_special=NUM_SPECIAL, add_prefix_space=True)
+  )
+
+
+@pytest.mark.parametrize('vocabulary', [Framed(Bytes()), _learn(290)])
 def test_texts_survive_their_tokens(vocabulary):
   for text in [*_TEXTS[:4], 'naïve 🙂 </s> <pad>', 'x']:
     (tokens,) = vocabulary.encode([text])
@@ -39,13 +52,13 @@ def test_texts_survive_their_tokens(vocabulary):
 
 
 def test_bpe_learns_the_same_pieces_each_time():
-  one, two = (Bpe.train(_TEXTS, 300) for _ in range(2))
+  one, two = (_learn(300) for _ in range(2))
   assert one == two
   assert one.size <= 300
-  whole, parts = one.encode(['ein Haus'])[0], Utf8().encode(['ein Haus'])[0]
+  whole, parts = (v.encode(['ein Haus'])[0] for v in (one, Framed(Bytes())))
   assert len(whole) < len(parts) / 2
   with pytest.raises(ValueError, match='vocab_size: expected 259 or more'):
-    Bpe.train(_TEXTS, 200)
+    _learn(200)
 
 
 def test_buckets_need_less_padding_than_one():

@@ -75,6 +75,23 @@ _MISTAKES = {
   ),
   'bad_steps': (['--config.training.max_bad_steps=0'], 'expected 1 or more'),
   'level': (['--config.data.level=words'], 'level: expected'),
+  'few_subwords': (
+    ['--config.data.level=bpe', '--config.data.vocab_size=99'],
+    'data.vocab_size: expected 256 or more, got 99',
+  ),
+  'no_tokenizer': (['--config.data.level={tmp}/no.json'], 'no.json: No such f'),
+  'broken_tokenizer': (
+    ['--config.data.level={tmp}/broken.json'],
+    'broken.json: not a tokenizer.json: ',
+  ),
+  'lossy_tokenizer': (
+    ['--config.data.level={tmp}/lossy.json', f'--config.data.path={__file__}'],
+    "at character 0 comes back as '[UNK]'",
+  ),
+  'small_model': (
+    ['--config.model.vocab_size=9'],
+    'model.vocab_size: expected at least ',
+  ),
   'profile': (['--profile=5'], '--profile: expected START:STOP'),
   'processes': (['--num_processes=2'], 'expected all three or none'),
   'clip': (['--config.optimizer.clip_norm=0'], 'optimizer.clip_norm: expect'),
@@ -104,12 +121,23 @@ _MISTAKES = {
 }
 
 
+# A tokenizer that knows no word.
+_LOSSY = """{
+  "version": "1.0", "truncation": null, "padding": null, "added_tokens": [],
+  "normalizer": null, "pre_tokenizer": null, "post_processor": null,
+  "decoder": null,
+  "model": {"type": "WordLevel", "vocab": {"[UNK]": 0}, "unk_token": "[UNK]"}
+}"""
+
+
 @pytest.fixture
 def run(tmp_path, monkeypatch, text, capsys):
   """run(*words) -> (status, what was said on standard error)."""
   (tmp_path / 'empty').write_bytes(b'')
   (tmp_path / 'latin').write_bytes('déjà vu'.encode('latin-1') * 100)
   (tmp_path / 'short').write_text('abc')
+  (tmp_path / 'broken.json').write_text('{}')
+  (tmp_path / 'lossy.json').write_text(_LOSSY)
 
   def compiled(*_):
     raise AssertionError('got as far as running')

@@ -4,20 +4,21 @@ import jax
 import numpy as np
 import pytest
 
-from attention.data import language
+from attention.data.subwords import Subwords
+from attention.data.vocabularies import Bytes, Characters
 from attention.training.tasks.language import Language
 
 _CONTEXT = 16  # so that pieces are of 4 tokens
 
 
-def _task(vocabulary):
-  sizes = dict(num_layers=1, num_heads=2, model_size=12)
+def _task(vocabulary, **sizes):
+  sizes = dict(num_layers=1, num_heads=2, model_size=12) | sizes
   return Language(vocabulary, {'context_size': _CONTEXT, **sizes}, None)
 
 
 @pytest.mark.parametrize('length', [1, 7, 40])
 def test_a_stream_is_what_plain_forward_passes_would_write(length):
-  task = _task(language.Characters('abcdefghijk'))
+  task = _task(Characters('abcdefghijk'))
   params = jax.jit(task.init)(jax.random.key(0))
   params = jax.tree.map(lambda p: 5 * p, params)
   prompt = ('abcdefghijk' * 4)[:length]
@@ -35,11 +36,18 @@ def test_a_stream_is_what_plain_forward_passes_would_write(length):
   assert ''.join(pieces) == task.vocabulary.decode(tokens[: length + 10])
 
 
-def test_a_symbol_of_several_bytes_is_streamed_whole(monkeypatch):
-  task = _task(language.Bytes())
-  written = 'aé€ü𝄞zéa'.encode()
-  pieces = iter(np.frombuffer(written, np.uint8).reshape(-1, 1, 4))
+@pytest.mark.parametrize('vocabulary', [Bytes(), Subwords.learn([], 256)])
+def test_a_symbol_of_several_bytes_is_streamed_whole(monkeypatch, vocabulary):
+  task = _task(vocabulary)
+  written = vocabulary.encode('aé€ü𝄞zéa')
+  pieces = iter(written.reshape(-1, 1, 4))
   monkeypatch.setattr(task, '_write', lambda *_, **__: next(pieces))
   text = list(task.stream(None, 'ß', len(written), seed=0))
-  assert ''.join(text) == 'ß' + written.decode()
-  assert len(text) == 1 + len(written) // 4
+  assert text == ['ß', 'aé', '€ü', '𝄞', 'zéa']
+
+
+def test_only_tokens_of_the_vocabulary_are_written():
+  task = _task(Characters('abc'), vocab_size=50)
+  params = jax.jit(task.init)(jax.random.key(0))
+  text = task.sample(params, 'a', 40, seed=0, temperature=5.0)
+  assert len(text) == 41 and set(text) == set('abc')

@@ -18,8 +18,13 @@ _TASKS = {
 }
 
 
-def create(config):
+def create(config, record: dict | None = None):
   """The task that a config asks for, with its data.
+
+  Args:
+    config: of the run.
+    record: of the data of a run that goes on, so that what was learnt from it
+      need not be learnt again.
 
   Raises:
     ValueError: an unknown task, a seed out of range, or data or a model that
@@ -28,7 +33,7 @@ def create(config):
   """
   if not 0 <= config.seed < 2**32:
     raise ValueError(f'seed: expected 0 to {2**32 - 1}, got {config.seed}')
-  return _find(config).create(config)
+  return _find(config).create(config, record)
 
 
 def load(config, workdir: pathlib.Path):

@@ -41,8 +41,9 @@ class Classification:
     )
 
   @classmethod
-  def create(cls, config) -> 'Classification':
-    """From a config, with its data."""
+  def create(cls, config, record: dict | None = None) -> 'Classification':
+    """From a config, with its data, whatever was recorded of it before."""
+    del record
     data = classification.load(seed=config.seed, **config.data)
     sample = data.batch(0)['inputs'][0]
     return cls(

@@ -10,7 +10,8 @@ import numpy as np
 from attention import decoding, models, plots
 from attention.capture import capture
 from attention.data import translation
-from attention.data.vocabularies import END, START, Bpe, Utf8
+from attention.data.subwords import Subwords
+from attention.data.vocabularies import END, START, Bytes, Framed
 from attention.models.losses import cross_entropy, token_cross_entropy
 from attention.ops.cache import Cache
 
@@ -27,7 +28,7 @@ class Translation:
   def __init__(self, config, record: dict, data=None):
     """See `create` and `load`; `data` is None where nothing is trained."""
     json = record['vocabulary']
-    self.vocabulary = Utf8() if json is None else Bpe(json)
+    self.vocabulary = Framed(Bytes() if json is None else Subwords(json))
     self.data = data
     self.max_length = record['max_length']
     self._target_length = record['target_length']
@@ -49,8 +50,9 @@ class Translation:
     )
 
   @classmethod
-  def create(cls, config) -> 'Translation':
-    """From a config, with its data."""
+  def create(cls, config, record: dict | None = None) -> 'Translation':
+    """From a config, with its data, whatever was recorded of it before."""
+    del record
     data = translation.Translations.load(seed=config.seed, **config.data)
     return cls(config, data.record(), data)
 
