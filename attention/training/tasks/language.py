@@ -59,7 +59,7 @@ class Language:
         f'model.context_size: expected at least data.context_size='
         f'{data.context_size}, got {config.model.context_size}'
       )
-    parts = config.training.num_microbatches
+    parts = config.training.get('num_microbatches', 1)
     return cls(data.vocabulary, config.model.to_dict(), data, parts)
 
   @classmethod
