@@ -67,3 +67,14 @@ def a_gpu():
     return jax.sharding.use_abstract_mesh(mesh)
 
   return context
+
+
+@pytest.fixture
+def exact_products():
+  """On a GPU, products of float32 in float32: its default is TensorFloat-32."""
+  with (
+    jax.default_matmul_precision('highest')
+    if jax.default_backend() == 'gpu'
+    else contextlib.nullcontext()
+  ):
+    yield

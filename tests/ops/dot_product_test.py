@@ -9,7 +9,9 @@ import attention
 from attention import Mask
 from attention.ops import dot_product
 from attention.ops.fused import Tpu, Triton
+from attention.ops.platforms import default_platform
 
+pytestmark = pytest.mark.usefixtures('exact_products')
 B, Q, K, H, G, D, E = 3, 5, 7, 6, 2, 11, 13
 
 
@@ -179,17 +181,20 @@ class _OfAnySize(Tpu):
 
 
 @pytest.mark.parametrize(
-  'kernels', [Triton(interpret=True), _OfAnySize(interpret=True)]
+  ('platform', 'kernels'), [('cuda', Triton), ('tpu', _OfAnySize)]
 )
 class TestFused(Contract):
-  """The kernels of GPUs and of TPUs, interpreted."""
+  """The kernels of GPUs and of TPUs, interpreted on a CPU."""
 
   implementation = 'fused'
 
   @pytest.fixture(autouse=True)
-  def interpreted(self, monkeypatch, kernels):
+  def kernels_here(self, monkeypatch, platform, kernels):
+    here = default_platform()
+    if here not in ('cpu', platform):
+      pytest.skip(f'kernels for {platform!r}, where there is {here!r}')
     platforms = dot_product._IMPLEMENTATIONS['fused']
-    monkeypatch.setitem(platforms, 'cpu', kernels)
+    monkeypatch.setitem(platforms, here, kernels(interpret=here == 'cpu'))
 
 
 def test_default_serves_every_call(qkv, assert_close):
@@ -288,6 +293,7 @@ def test_explain_takes_shapes():
 
 
 def test_fused_by_name_says_why_it_cannot(qkv):
+  qkv = jax.device_put(qkv, jax.devices('cpu')[0])
   with pytest.raises(NotImplementedError, match="fused: .*platform 'cpu'"):
     attention.dot_product_attention(*qkv, implementation='fused')
 

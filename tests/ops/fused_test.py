@@ -1,5 +1,7 @@
 """Kernels of `fused`, interpreted on a CPU, against the reference."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -9,12 +11,14 @@ from attention import Mask
 from attention.ops import biases, dot_product, reference
 from attention.ops.checks import check
 from attention.ops.fused import Tpu, Triton
+from attention.ops.platforms import default_platform
 
+pytestmark = pytest.mark.usefixtures('exact_products')
 B, H, G, D, E = (2, 3), 4, 2, 8, 20
 # With queries and keys that fill several blocks, the last in part.
 KINDS = {
-  'gpu': (Triton(interpret=True), 37, 70),
-  'tpu': (Tpu(interpret=True, most=128), 150, 290),
+  'cuda': (Triton(), 37, 70),
+  'tpu': (Tpu(most=128), 150, 290),
 }
 _TABLE = np.random.default_rng(0).normal(size=(8, H)).astype('f')
 
@@ -72,6 +76,15 @@ def _arguments(case, q, k, dtype='float32', d=D, e=E):
   return check(*qkv, **arguments), normal(*B, q, H, e)
 
 
+def _kernels(kind):
+  """Kernels of that platform, and how many queries and keys."""
+  kernels, q, k = KINDS[kind]
+  here = default_platform()
+  if here not in ('cpu', kind):
+    pytest.skip(f'kernels for {kind!r}, where there is {here!r}')
+  return dataclasses.replace(kernels, interpret=here == 'cpu'), q, k
+
+
 def _gradients(attend, checked, cotangent):
   query, key, value, call = checked
   floats = (query, key, value, call.bias, call.sinks)
@@ -91,7 +104,7 @@ def _run(attend, *arguments):
 @pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('case', CASES)
 def test_values_and_gradients_are_the_references(case, kind, assert_close):
-  kernels, q, k = KINDS[kind]
+  kernels, q, k = _kernels(kind)
   arguments = _arguments(case, q, k)
   got = _run(kernels, *arguments)
   expected = _run(reference.attention, *arguments)
@@ -106,7 +119,7 @@ def test_values_and_gradients_are_the_references(case, kind, assert_close):
   [('float32', (24, 256)), ('bfloat16', (256, 16)), ('float16', (8, 8))],
 )
 def test_head_sizes_and_dtypes(kind, dtype, sizes, assert_close):
-  kernels, q, k = KINDS[kind]
+  kernels, q, k = _kernels(kind)
   if kind == 'tpu' and dtype == 'float16':
     pytest.skip('TPUs have no float16')
   arguments = _arguments('bias_causal', q, k, dtype, *sizes)
