@@ -23,6 +23,7 @@ from attention.training import (
   tasks,
   trained,
 )
+from attention.training.devices import catalogue, report
 from attention.training.main import complain, set_up_jax
 
 _STRATEGIES = ('temperature', 'top_k', 'top_p', 'min_p', 'repetition_penalty')
@@ -41,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     # Whoever read has enough; there is nobody to tell.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1
-  except (ValueError, OSError) as error:
+  except (ValueError, OSError, NotImplementedError) as error:
     return complain(error)
 
 
@@ -151,7 +152,20 @@ def inspect(arguments) -> int:
   """Counts a config's parameters, FLOPs and memory; --config.key=value too."""
   words = [f'--config={arguments.config}', *arguments.rest, '--workdir=unused']
   config = flags.parse(['inspect', *words]).config
-  print(inspection.inspect(config, tasks.create(config)))
+  if arguments.device is None:
+    if arguments.decode:
+      raise ValueError('--decode: expected --device=… too')
+    print(inspection.inspect(config, tasks.create(config)))
+    return 0
+  target = catalogue.find(arguments.device)
+  task = tasks.create(config)
+  lines = (
+    report.of_decoding(task, target)
+    if arguments.decode
+    else report.of_training(config, task, target, arguments.seconds)
+  )
+  for line in lines:
+    print(line, flush=True)
   return 0
 
 
@@ -249,6 +263,20 @@ def _parser():
 
   add = commands.add_parser('inspect', help=inspect.__doc__)
   add.add_argument('--config', required=True, help='file of the config')
+  add.add_argument(
+    '--device',
+    help='compiles the training step for h100, a100:8, v5e:4x4, …, none of '
+    'which has to be attached, and tells what it takes of a device',
+  )
+  add.add_argument(
+    '--decode', action='store_true', help='writing instead of training'
+  )
+  add.add_argument(
+    '--seconds',
+    type=float,
+    default=50,
+    help='within which other batches are compiled, to find the largest',
+  )
   add.set_defaults(run=inspect)
 
   add = commands.add_parser('doctor', help=doctor.__doc__)

@@ -13,10 +13,8 @@ from attention import plots
 from attention.training import (
   distributed,
   lock,
-  optimizers,
   precision,
   records,
-  sharding,
   tasks,
   work,
 )
@@ -68,21 +66,9 @@ def prepare(
     ValueError, OSError: as `train`.
   """
   settings = Settings.create(config.training.to_dict())
-  optimizer, schedule = optimizers.adamw(
-    steps=settings.steps, **config.optimizer
-  )
   task = tasks.create(config, records.data_to_go_on(workdir, config))
-  if task.batch_size % settings.num_microbatches:
-    raise ValueError(
-      'training.num_microbatches: expected a divisor of the batch of '
-      f'{task.batch_size}, got {settings.num_microbatches}'
-    )
-  mesh = sharding.make_mesh(
-    task.batch_size // settings.num_microbatches, **settings.mesh
-  )
-  with precision.applied(settings.precision):
-    step = Step(task, optimizer, schedule, config.seed, mesh, settings)
-  work.check_memory(step.like, mesh)
+  step = Step.create(config, settings, task)
+  work.check_memory(step.like, step.mesh)
   note = records.check(workdir, config, task.record())
 
   def record():

@@ -27,7 +27,11 @@ _BATCH = ('data', 'fsdp')  # both share the batch
 
 
 def make_mesh(
-  batch_size: int, data: int = -1, fsdp: int = 1, tensor: int = 1
+  batch_size: int,
+  data: int = -1,
+  fsdp: int = 1,
+  tensor: int = 1,
+  devices=None,
 ) -> Mesh:
   """Devices along the axes 'data', 'fsdp' and 'tensor'.
 
@@ -37,11 +41,12 @@ def make_mesh(
       -1: as many as there are, and as divide the batch.
     fsdp: how many share a batch, and parameters and optimizer state too.
     tensor: how many share heads and the feed-forward's width.
+    devices: to choose from; all that are attached by default.
 
   Raises:
     ValueError: there are fewer devices, or they don't divide the batch.
   """
-  devices = jax.devices()
+  devices = jax.devices() if devices is None else devices
   if data != -1 and data < 1:
     raise ValueError(
       'training.mesh.data: expected 1 or more, or -1 for all that are left, '

@@ -7,7 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from attention.training import gradients, guard, precision, sharding
+from attention.training import (
+  gradients,
+  guard,
+  optimizers,
+  precision,
+  sharding,
+)
 
 
 class Step:
@@ -31,6 +37,34 @@ class Step:
     self._compiler = futures.ThreadPoolExecutor(2)
     self._programs = {}
 
+  @classmethod
+  def create(cls, config, settings, task, devices=None) -> 'Step':
+    """The step of a config.
+
+    Args:
+      config: of the run.
+      settings: its `config.training`.
+      task: its task.
+      devices: to choose the mesh's from; all that are attached by default.
+
+    Raises:
+      ValueError: an optimizer, a mesh or parts of a batch that don't fit.
+    """
+    optimizer, schedule = optimizers.adamw(
+      steps=settings.steps, **config.optimizer
+    )
+    num_parts = settings.num_microbatches
+    if task.batch_size % num_parts:
+      raise ValueError(
+        'training.num_microbatches: expected a divisor of the batch of '
+        f'{task.batch_size}, got {num_parts}'
+      )
+    mesh = sharding.make_mesh(
+      task.batch_size // num_parts, **settings.mesh, devices=devices
+    )
+    with precision.applied(settings.precision):
+      return cls(task, optimizer, schedule, config.seed, mesh, settings)
+
   def place(self, batch: dict) -> dict:
     """Puts a batch on the devices, a share on each."""
     return sharding.place(batch, self.mesh)
@@ -43,9 +77,12 @@ class Step:
     """Begins to compile the step for placed batches of that shape."""
     key = tuple((name, x.shape, x.dtype) for name, x in sorted(batch.items()))
     if key not in self._programs:
-      lowered = self._step.lower(self.like, batch, np.int32(0))
-      self._programs[key] = self._compiler.submit(lowered.compile)
+      self._programs[key] = self._compiler.submit(self.lower(batch).compile)
     return self._programs[key]
+
+  def lower(self, batch: dict):
+    """The step for batches of that shape, ready to be compiled."""
+    return self._step.lower(self.like, batch, np.int32(0))
 
   def run(self, program, state: dict, batch: dict, step: int):
     """(state, metrics) after a step, counted from 0, by a compiled program."""

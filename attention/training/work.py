@@ -90,10 +90,7 @@ def check_memory(state, mesh) -> None:
   Raises:
     ValueError: they can't.
   """
-  needed = sum(
-    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-    for x in jax.tree.leaves(state)
-  )
+  needed = bytes_a_device(state)
   device, *others = mesh.local_devices
   if device.platform == 'cpu':
     needed *= 1 + len(others)
@@ -106,6 +103,14 @@ def check_memory(state, mesh) -> None:
       f'{"this host" if device.platform == "cpu" else "a device"} has '
       f'{show_bytes(there)}; python -m attention inspect shows what takes it'
     )
+
+
+def bytes_a_device(tree) -> int:
+  """What a device holds of a tree of shapes with shardings."""
+  return sum(
+    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    for x in jax.tree.leaves(tree)
+  )
 
 
 def show_bytes(count: int) -> str:

@@ -173,7 +173,7 @@ class Language:
     if num_tokens < 1:
       raise ValueError(f'num_tokens: expected 1 or more, got {num_tokens}')
     tokens = self._encode('prompt', prompt)[0].tolist()
-    size = max(1, min(_PIECE, self.context_size // 4))
+    size = self._piece_size
     rng = jax.random.key(seed)
     options = {k: v for k, v in options.items() if v is not None}
     decoding.check_strategy(**options)
@@ -181,8 +181,7 @@ class Language:
     drawn, said = [], len(prompt)
     while len(drawn) < num_tokens:
       before = (tokens + drawn)[-(self.context_size - size + 1) :]
-      # Few lengths, so that few programs are compiled.
-      length = min(_ceil_power(len(before)), self.context_size - size + 1)
+      length = self._padded_length(len(before))
       piece = self._write(
         params,
         *align([before], length),
@@ -232,33 +231,61 @@ class Language:
     except ValueError as error:
       raise ValueError(f'{name}: {error}') from None
 
-  @functools.cached_property
-  def _write(self):
-    def cached_step(params, capacity, start):
+  def lower_decoding(self, params):
+    """What `stream` runs after half a context, ready to be compiled.
+
+    Args:
+      params: shapes of the model's, with shardings.
+
+    Returns:
+      The lowered program, and the shapes of the cache that it keeps.
+    """
+    length = self._padded_length(max(1, self.context_size // 2))
+    prompt = np.zeros((1, length), np.int32), np.zeros(1, np.int32)
+    size = self._piece_size
+
+    def read(params, tokens, start):
+      step, cache = self._begin(params, tokens, start, size)
+      return step(tokens, cache)[1]
+
+    rng = jax.eval_shape(jax.random.key, 0)
+    lowered = self._write.lower(params, *prompt, rng, num_tokens=size)
+    return lowered, jax.eval_shape(read, params, *prompt)
+
+  @property
+  def _piece_size(self):
+    return max(1, min(_PIECE, self.context_size // 4))
+
+  def _padded_length(self, length):
+    """One of few, so that few programs are compiled."""
+    power = 1 << (length - 1).bit_length()
+    return min(power, self.context_size - self._piece_size + 1)
+
+  def _begin(self, params, prompt, start, num_tokens):
+    """(step, cache) for `attention.decoding`, to write after a prompt."""
+    if self._has_cache:
+
       def step(tokens, cache):
         logits, cache = self._model.apply(params, None, tokens, cache=cache)
         return logits[:, -1], cache
 
-      return step, Cache.create(capacity, start)
+      # The last token is not fed.
+      cache = Cache.create(prompt.shape[1] + num_tokens - 1, start)
+    else:
+      step, cache = window_step(self.apply, params, self.context_size, start[0])
 
+    def step_of_known(tokens, cache):
+      # The model may have more tokens than the vocabulary.
+      logits, cache = step(tokens, cache)
+      return logits[:, : self.vocabulary.size], cache
+
+    return step_of_known, cache
+
+  @functools.cached_property
+  def _write(self):
     def write(params, tokens, start, rng, num_tokens, **options):
-      if self._has_cache:
-        # The last token is not fed.
-        capacity = tokens.shape[1] + num_tokens - 1
-        step, cache = cached_step(params, capacity, start)
-      else:
-        step, cache = window_step(
-          self.apply, params, self.context_size, start[0]
-        )
-
-      def step_of_known(tokens, cache):
-        # The model may have more tokens than the vocabulary.
-        logits, cache = step(tokens, cache)
-        return logits[:, : self.vocabulary.size], cache
-
-      return decoding.sample(
-        step_of_known, cache, tokens, num_tokens, rng, **options
-      )
+      step, cache = self._begin(params, tokens, start, num_tokens)
+      return decoding.sample(step, cache, tokens, num_tokens, rng, **options)
 
     return jax.jit(
       write,
@@ -271,7 +298,3 @@ class Language:
         'repetition_penalty',
       ),
     )
-
-
-def _ceil_power(number):
-  return 1 << (number - 1).bit_length()

@@ -229,19 +229,46 @@ class Translation:
         answers[i] = self.vocabulary.decode(row)
     return answers
 
+  def lower_decoding(self, params):
+    """What answers a source of half the longest, ready to be compiled.
+
+    Args:
+      params: shapes of the model's, with shardings.
+
+    Returns:
+      The lowered program, which decodes greedily, and the shapes of the cache
+      that it keeps.
+    """
+    shape = (max(1, self.max_length // 2),)
+    source = np.zeros(shape, np.int32)
+    if self._frame_size:
+      source = np.zeros((*shape, self._frame_size), np.float32)
+    batch = _fill([source])
+
+    def read(params, source, lengths):
+      return self._advance(params, *self._begin(source, lengths))[1]
+
+    lowered = self._decode.lower(params, *batch, beam_size=1)
+    return lowered, jax.eval_shape(read, params, *batch)
+
+  def _begin(self, source, lengths):
+    """The first tokens, and a cache that holds no more than the source."""
+    cache = source, lengths, Cache.create(self._target_length)
+    return jnp.full((len(source), 1), START), cache
+
+  def _advance(self, params, tokens, cache):
+    source, lengths, layers = cache
+    logits, layers = self._model.apply(
+      params, None, source, tokens, lengths, cache=layers
+    )
+    return logits[:, -1], (None, lengths, layers)
+
   @functools.cached_property
   def _decode(self):
     def decode(params, source, lengths, beam_size):
-      def step(tokens, cache):
-        source, lengths, layers = cache
-        logits, layers = self._model.apply(
-          params, None, source, tokens, lengths, cache=layers
-        )
-        return logits[:, -1], (None, lengths, layers)
-
+      step = functools.partial(self._advance, params)
+      prompt, cache = self._begin(source, lengths)
       count = self._target_length
-      cache = source, lengths, Cache.create(count)
-      prompt = jnp.full((len(source), 1), START)
       if beam_size == 1:
         return decoding.greedy(step, cache, prompt, count, end=END)
       tokens, _ = decoding.beam_search(
