@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -11,6 +12,7 @@ from attention import Mask
 from attention.ops import biases, dot_product, reference
 from attention.ops.checks import check
 from attention.ops.fused import Tpu, Triton
+from attention.ops.fused.tile import dot
 from attention.ops.platforms import default_platform
 
 pytestmark = pytest.mark.usefixtures('exact_products')
@@ -149,6 +151,14 @@ def test_tpu_kernels_say_what_they_do_not_compute(changed, reason):
     q, k, k, mask=options['mask'], platform='tpu', implementation='fused'
   )
   assert told[0][1] == 'chosen' if reason is None else reason in told[0][1]
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_the_default_precision_is_that_of_float32_alone(dtype):
+  x = jnp.ones((8, 8), dtype)
+  with jax.default_matmul_precision('highest'):
+    products = jax.make_jaxpr(lambda x: dot(x, x, (1, 1)))(x)
+  assert ('HIGHEST' in str(products)) == (dtype == 'float32')
 
 
 @pytest.mark.slow

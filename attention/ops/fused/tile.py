@@ -19,8 +19,14 @@ def both(one, two):
 def dot(x, y, axes):
   """The product over an axis of each, in float32."""
   (i, j) = axes
+  # Mosaic has no other precision of 16 bits, whatever JAX's default is.
+  is_float32 = x.dtype == jnp.float32
   return lax.dot_general(
-    x, y, (((i,), (j,)), ((), ())), preferred_element_type=jnp.float32
+    x,
+    y,
+    (((i,), (j,)), ((), ())),
+    precision=None if is_float32 else lax.Precision.DEFAULT,
+    preferred_element_type=jnp.float32,
   )
 
 
