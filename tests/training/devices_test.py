@@ -2,13 +2,20 @@
 
 import importlib.util
 import os
+import types
 
 import jax
 import pytest
 
 import attention.__main__ as command_line
 from attention.training import flags, tasks, work
-from attention.training.devices import catalogue, fitting, hlo, report
+from attention.training.devices import (
+  catalogue,
+  fitting,
+  hlo,
+  programs,
+  report,
+)
 from attention.training.devices.programs import Program, Training
 from attention.training.settings import Settings
 from attention.training.step import Step
@@ -99,7 +106,7 @@ def test_the_largest_batch_is_found_in_few_steps(needs, limit, unit, expected):
 
 
 @pytest.mark.parametrize(
-  'name', ['x100', '', 'h100:0', 'h100:2x2', 'h100:9', 'v5e', 'v5e:4']
+  'name', ['x100', '', 'h100:0', 'h100:2x2', 'h100:12', 'v5e', 'v5e:4']
 )
 def test_a_wrong_device_is_one_line(name, capsys, unset):
   words = ['inspect', '--config=configs/gpt_char.py:debug', f'--device={name}']
@@ -185,13 +192,19 @@ def cpu():
   return catalogue.Target('h100', tuple(jax.devices()[:1]), 2**20, 0.5)
 
 
-def test_a_step_is_compiled_and_counted(config, cpu):
+def test_a_step_is_compiled_and_counted(config, cpu, monkeypatch):
   small = config(**{'model.num_layers': 1, 'training.num_microbatches': 2})
-  task = tasks.create(small)
+  task, compiled = tasks.create(small), []
+
+  def watch(*arguments):
+    compiled.append(Program.compile(*arguments))
+    return compiled[-1]
+
+  monkeypatch.setattr(programs, 'Program', types.SimpleNamespace(compile=watch))
   rows = _rows(report.of_training(small, task, cpu, seconds=0.0))
+  (program,) = compiled
   assert rows['model FLOPs'] == f'{work.of_step(task, task.batch(0)):,}'
-  assert int(rows['kernels']) > 0
-  program = Training(small, task, cpu).compile(4)
+  assert int(rows['kernels']) == hlo.count(program.text).kernels > 0
   assert rows['4 fits'] == work.show_bytes(program.total)
   left = work.show_bytes(cpu.usable - program.total)
   assert (rows['all'], rows['for programs, 50%']) == ('1.0 MiB', '512.0 KiB')
@@ -234,11 +247,9 @@ def test_a_translators_decoding_is_compiled_too(cpu):
   assert int(rows['kernels']) > 0 and rows['cache'] != '0 B'
 
 
-def test_a_classifier_writes_nothing(capsys, unset, monkeypatch, cpu):
-  monkeypatch.setattr(catalogue, 'find', lambda _: cpu)
-  words = ['--config=configs/digits.py:debug', '--device=h100', '--decode']
-  assert command_line.main(['inspect', *words]) == 2
-  assert 'expected a task that writes' in capsys.readouterr().err
+def test_a_task_that_writes_nothing_is_refused(cpu):
+  with pytest.raises(ValueError, match='expected a task that writes'):
+    next(report.of_decoding(object(), cpu))
 
 
 _COMPILERS = {

@@ -78,8 +78,8 @@ def find(name: str) -> Target:
 
 
 def _find_gpus(name, kind, count):
-  hosts = -(-count // _GPUS_A_HOST)
-  if count % hosts:
+  hosts = max(1, count // _GPUS_A_HOST)
+  if count > _GPUS_A_HOST and count % _GPUS_A_HOST:
     raise ValueError(
       f'--device: expected up to {_GPUS_A_HOST} GPUs or a multiple of '
       f'{_GPUS_A_HOST}, got {name!r}'

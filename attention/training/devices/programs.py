@@ -71,6 +71,9 @@ class Training:
     """
     self.settings = Settings.create(config.training.to_dict())
     self.batch = task.batch(0)
+    if self.settings.deterministic and target.options:  # of GPUs
+      options = target.options | {'xla_gpu_deterministic_ops': True}
+      target = dataclasses.replace(target, options=options)
     self.target = target
     self.step = Step.create(config, self.settings, task, target.devices)
     self.mesh = self.step.mesh
