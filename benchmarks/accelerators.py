@@ -325,6 +325,13 @@ def parse():
   unknown = sorted({*arguments.works} - {*works.NAMES})
   if unknown:
     parser.error(f'no such work: {", ".join(unknown)}')
+  if arguments.scale < 1:
+    parser.error(f'--scale: expected 1 or more, got {arguments.scale}')
+  if arguments.json:  # not after all has been measured
+    try:
+      pathlib.Path(arguments.json).touch()
+    except OSError as error:
+      parser.error(f'--json: {error}')
   if not arguments.device:
     platform = in_a_process(jax.default_backend)
     arguments.device = _DEVICES if platform == 'cpu' else 'here'
@@ -356,9 +363,11 @@ def main():
       about = in_a_process(describe, device, arguments)
     except Exception as error:  # no such device, or no compiler for it
       console.print(f'{device}: {reason(error)}', markup=False)
+      is_good = False
       continue
     rows = []
     for work in arguments.works:
+      print(f'{device}: {work} …', file=sys.stderr, flush=True)
       try:
         if is_here:
           rows += in_a_process(measured_rows, work, arguments)
@@ -377,7 +386,7 @@ def main():
 def is_wrong(row):
   """Whether the numbers of ours are wrong, or there are none."""
   is_ours = row.get('peer', 'default') == 'default'
-  return is_ours and ('note' in row or row.get('error', 0) > _ERROR)
+  return is_ours and ('note' in row or not row.get('error', 0) <= _ERROR)
 
 
 if __name__ == '__main__':
