@@ -10,8 +10,18 @@ from attention.ops import cudnn, reference, weights
 from attention.ops.checks import check, check_float
 from attention.ops.chunked import Chunked
 from attention.ops.fused import Tpu, Triton
-from attention.ops.implementation import ByPlatform, Implementation, Refused
-from attention.ops.platforms import PLATFORMS, canonical, default_platform
+from attention.ops.implementation import (
+  ByPlatform,
+  Cut,
+  Implementation,
+  Refused,
+)
+from attention.ops.platforms import (
+  CUT_FOR_TPUS,
+  PLATFORMS,
+  canonical,
+  default_platform,
+)
 from attention.ops.softmax import stable_softmax
 
 
@@ -131,15 +141,16 @@ def additive_attention(
 
 def _dispatch(implementation, *checked):
   names = _names(implementation)
-  choices = tuple((p, _choose(names, p, *checked)) for p in PLATFORMS)
-  chosen = {choice for _, choice in choices}
-  usable = {c for c in chosen if not isinstance(c, Refused)}
-  if not usable:
-    raise NotImplementedError(dict(choices)[default_platform()].reason)
+  choices = {p: _choose(names, p, *checked) for p in (*PLATFORMS, CUT_FOR_TPUS)}
+  chosen = set(choices.values())
+  if all(isinstance(c, Refused) for c in chosen):
+    raise NotImplementedError(choices[default_platform()].reason)
   if len(chosen) == 1:
     (only,) = chosen
     return only(*checked)
-  return ByPlatform(choices)(*checked)
+  return ByPlatform(
+    tuple((p, c if 'tpu' in p else Cut(c)) for p, c in choices.items())
+  )(*checked)
 
 
 def _choose(names, platform, *checked):

@@ -104,24 +104,31 @@ class Refused(Implementation):
 
 
 @dataclasses.dataclass(frozen=True)
+class Cut(Implementation):
+  """An implementation, over the devices that XLA cuts a program for."""
+
+  whole: Implementation
+
+  def forward(self, *arguments):
+    return partitioning.run(self.whole.forward, False, *arguments)
+
+  def backward(self, *arguments):
+    return partitioning.run(self.whole.backward, True, *arguments)
+
+
+@dataclasses.dataclass(frozen=True)
 class ByPlatform(Implementation):
   """One implementation for each platform that a program is lowered for."""
 
   choices: tuple  # pairs (platform, Implementation)
 
-  def forward(self, *arguments):
-    return partitioning.run(self._forward, False, *arguments)
-
-  def backward(self, *arguments):
-    return partitioning.run(self._backward, True, *arguments)
-
-  def _forward(self, query, key, value, call):
+  def forward(self, query, key, value, call):
     shape = (*query.shape[:-1], value.shape[-1])
     residual = jax.ShapeDtypeStruct(query.shape[:-1], jnp.float32)
     shapes = jax.ShapeDtypeStruct(shape, query.dtype), residual, residual
     return by_platform(self.choices, 'forward', shapes, query, key, value, call)
 
-  def _backward(self, query, key, value, call, *others):
+  def backward(self, query, key, value, call, *others):
     floats = gradient_of_call(call, call.bias, call.sinks, call.vector)
     shapes = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),

@@ -15,6 +15,8 @@ from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
 PLATFORMS = ('cpu', 'cuda', 'rocm', 'tpu')
+# A program that XLA cuts for several TPUs: it can't be told how to cut kernels.
+CUT_FOR_TPUS = 'tpu, cut by XLA'
 
 
 def canonical(platform: str) -> str:
@@ -44,7 +46,8 @@ def by_platform(choices: tuple, method: str, shapes, *args):
   """Calls `method` of the object that is chosen for the platform.
 
   Args:
-    choices: pairs (platform, object), one for each of `PLATFORMS`; hashable.
+    choices: pairs (platform, object), one for each of `PLATFORMS`, and one of
+      `CUT_FOR_TPUS` if it differs; hashable.
     method: name of the object's method.
     shapes: pytree of `jax.ShapeDtypeStruct`, what the method returns.
     *args: pytrees of arrays, its arguments.
@@ -132,7 +135,7 @@ def _batch(leaves, dims, *, shapes, maps, **params):
 batching.primitive_batchers[_by_platform] = _batch
 
 
-def _lower(platform, *leaves, choices, method, tree, shapes, maps, like):
+def _trace(platform, *leaves, choices, method, tree, shapes, maps, like):
   del shapes, like
 
   def function(*leaves):
@@ -144,20 +147,30 @@ def _lower(platform, *leaves, choices, method, tree, shapes, maps, like):
   return function(*leaves)
 
 
-def _without_warning(rule):
-  """The rule without JAX's notice that Pallas's Triton back end is to go."""
+def _is_cut(context) -> bool:
+  """Whether XLA is to cut the program, but for what `shard_map` has cut."""
+  if hasattr(context, 'num_devices'):
+    return (context.num_devices or 1) > 1
+  mesh, manual = getattr(context, 'mesh', None), context.manual_axes
+  return mesh is not None and set(manual) != set(mesh.axis_names)
 
-  def lower(*args, **params):
-    with warnings.catch_warnings():
-      warnings.filterwarnings('ignore', 'The Pallas Triton backend')
-      return rule(*args, **params)
 
-  return lower
+def _lower(platform, context, *leaves, choices, **params):
+  """Lowers the platform's choice."""
+  if (
+    platform == 'tpu'
+    and CUT_FOR_TPUS in dict(choices)
+    and _is_cut(context.module_context.axis_context)
+  ):
+    platform = CUT_FOR_TPUS
+  rule = mlir.lower_fun(functools.partial(_trace, platform))
+  with warnings.catch_warnings():
+    # Pallas's Triton back end is to go; `fused` says so when it has gone.
+    warnings.filterwarnings('ignore', 'The Pallas Triton backend')
+    return rule(context, *leaves, choices=choices, **params)
 
 
 for _platform in PLATFORMS:
   mlir.register_lowering(
-    _by_platform,
-    _without_warning(mlir.lower_fun(functools.partial(_lower, _platform))),
-    platform=_platform,
+    _by_platform, functools.partial(_lower, _platform), platform=_platform
   )

@@ -68,6 +68,11 @@ for name, (q, k, v, bias, arguments) in cases.items():
     'text': program.as_text(),
   }
 
+x = jax.device_put(draw(4, 64, H, D), rows)
+attend = jax.jit(lambda x: attention.dot_product_attention(x, x, x))
+lowered = attend.trace(x).lower(lowering_platforms=('tpu',)).as_text()
+results['tpu'] = {'error': 0, 'text': lowered}
+
 def in_rows(x):
   def rows(scale, x):
     heads = scale * x.reshape(*x.shape[:2], 2, 4)
@@ -122,3 +127,10 @@ def test_devices_drop_weights_of_their_own(results):
   assert abs(results['dropout']['share'] - 0.7) < 0.02
   # Two draws of probability 0.7 agree in 0.58 of all places.
   assert abs(results['dropout']['alike'] - 0.58) < 0.03
+
+
+def test_no_kernel_is_cut_for_tpus(results):
+  # Their compiler can't be told how.
+  assert 'dot_general' in results['tpu']['text']
+  for call in ('tpu_custom_call', 'CustomSPMDPartitioning'):
+    assert call not in results['tpu']['text']
