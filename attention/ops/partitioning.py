@@ -30,6 +30,7 @@ def run(function, gradients: bool, *arguments):
   """
   leaves, tree = jax.tree.flatten(arguments)
 
+  @jax.jit  # which holds the constants that `custom_partitioning` refuses
   def flat(*leaves):
     return _leaves(function(*jax.tree.unflatten(tree, leaves)))
 

@@ -201,6 +201,13 @@ def test_default_serves_every_call(qkv, assert_close):
   assert_close(attention.dot_product_attention(*qkv), _exact(*qkv))
 
 
+def test_default_takes_sequences_of_many_blocks(arrays, assert_close):
+  qkv = arrays(*((1, 700, 3, 4),) * 3)
+  causal = np.arange(700) <= np.arange(700)[:, None]
+  output = attention.dot_product_attention(*qkv, is_causal=True)
+  assert_close(output, _exact(*qkv, mask=causal))
+
+
 def test_explain_follows_the_platform():
   x = jax.ShapeDtypeStruct((B, 64, H, D), jnp.float32)
 

@@ -48,8 +48,9 @@ def _cases(q, k):
     'bias_full': dict(bias=(*B, H, q, k)),
     'bias_some_rows': dict(bias=(2, 1, H, q, k)),
     'bias_other_rows': dict(bias=(1, 3, 1, 1, k)),
-    'bias_queries': dict(bias=(1, 1, H, q, 1)),
-    'bias_number': dict(bias=(1, 1, 1, 1, 1)),
+    # Without sinks, no gradient: a softmax ignores what all keys have.
+    'bias_queries': dict(bias=(1, 1, H, q, 1), sinks=(H,)),
+    'bias_number': dict(bias=(1, 1, 1, 1, 1), sinks=(H,)),
     'alibi': dict(bias=biases.alibi(H), is_causal=True),
     'alibi_of_one_head': dict(bias=biases.alibi(1)),
     'buckets': dict(bias=biases.relative_buckets(_TABLE, 8, 20)),
