@@ -64,9 +64,15 @@ def by_platform(choices: tuple, method: str, shapes, *args):
     tree=tree,
     shapes=tuple((x.shape, jnp.dtype(x.dtype)) for x in expected),
     maps=(),
-    like=_needs_devices(),
+    like=None if _is_described() else _needs_devices(),
   )
   return jax.tree.unflatten(out_tree, results)
+
+
+def _is_described() -> bool:
+  """Whether programs are lowered for one device that isn't attached."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return getattr(mesh, 'abstract_device', None) is not None and mesh.size == 1
 
 
 @functools.cache
@@ -136,11 +142,14 @@ batching.primitive_batchers[_by_platform] = _batch
 
 
 def _trace(platform, *leaves, choices, method, tree, shapes, maps, like):
-  del shapes, like
+  del shapes
+  chosen = dict(choices)[platform]
+  if like is None:  # no devices to be cut for
+    chosen = getattr(chosen, 'whole', chosen)
 
   def function(*leaves):
-    chosen = getattr(dict(choices)[platform], method)
-    return jax.tree.leaves(chosen(*jax.tree.unflatten(tree, leaves)))
+    arguments = jax.tree.unflatten(tree, leaves)
+    return jax.tree.leaves(getattr(chosen, method)(*arguments))
 
   for dims, size in maps:
     function = jax.vmap(function, dims, axis_size=size)

@@ -230,7 +230,7 @@ def test_the_choice_follows_the_platform_lowered_for(qkv, a_gpu):
   x = jax.ShapeDtypeStruct((B, 64, H, D), jnp.float32)
 
   def text(platform):
-    function = jax.jit(attention.dot_product_attention)
+    function = jax.jit(lambda *a: attention.dot_product_attention(*a))
     lowered = function.trace(x, x, x).lower(lowering_platforms=(platform,))
     return lowered.as_text()
 
@@ -250,8 +250,8 @@ def test_gradients_under_key_lengths_lower_for_a_gpu(qkv, a_gpu):
     mask = Mask.lengths(key_lengths=lengths)
     return attention.dot_product_attention(*qkv, mask=mask).sum()
 
-  traced = jax.jit(jax.grad(total)).trace(qkv, jnp.full(B, 3))
   with a_gpu():
+    traced = jax.jit(jax.grad(total)).trace(qkv, np.full(B, 3))
     lowered = traced.lower(lowering_platforms=('cuda',))
   assert 'attention_key_kernel' in lowered.as_text()
 
