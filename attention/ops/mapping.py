@@ -5,7 +5,8 @@ The loop matters: XLA on CPU begins recomputation outside of loops as soon as it
 can, for all layers at once, and memory is not saved (measured). On GPUs and
 TPUs a barrier is enough, for layers small enough to be computed whole.
 
-Blocks are cut by platform, as the pieces of ops/chunked are.
+Blocks are cut by platform, as the pieces of ops/chunked are. What is cut has no
+second derivative.
 """
 
 import dataclasses

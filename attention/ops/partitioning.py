@@ -2,7 +2,8 @@
 
 XLA can't cut a kernel: it would gather its operands on every device. Batch axes
 and heads need no exchange, so that each device computes its own share; only
-gradients of what several rows share, such as a pair bias, are added up.
+gradients of what several rows share, such as a pair bias, are added up. The
+compiler of TPUs has no such hook: see `platforms.CUT_FOR_TPUS`.
 """
 
 import dataclasses
