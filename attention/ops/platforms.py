@@ -141,10 +141,12 @@ def _batch(leaves, dims, *, shapes, maps, **params):
 batching.primitive_batchers[_by_platform] = _batch
 
 
-def _trace(platform, *leaves, choices, method, tree, shapes, maps, like):
-  del shapes
+def _trace(
+  platform, is_cut, *leaves, choices, method, tree, shapes, maps, like
+):
+  del shapes, like
   chosen = dict(choices)[platform]
-  if like is None:  # no devices to be cut for
+  if not is_cut:
     chosen = getattr(chosen, 'whole', chosen)
 
   def function(*leaves):
@@ -166,13 +168,10 @@ def _is_cut(context) -> bool:
 
 def _lower(platform, context, *leaves, choices, **params):
   """Lowers the platform's choice."""
-  if (
-    platform == 'tpu'
-    and CUT_FOR_TPUS in dict(choices)
-    and _is_cut(context.module_context.axis_context)
-  ):
+  is_cut = _is_cut(context.module_context.axis_context)
+  if is_cut and platform == 'tpu' and CUT_FOR_TPUS in dict(choices):
     platform = CUT_FOR_TPUS
-  rule = mlir.lower_fun(functools.partial(_trace, platform))
+  rule = mlir.lower_fun(functools.partial(_trace, platform, is_cut))
   with warnings.catch_warnings():
     # Pallas's Triton back end is to go; `fused` says so when it has gone.
     warnings.filterwarnings('ignore', 'The Pallas Triton backend')
