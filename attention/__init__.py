@@ -4,11 +4,11 @@ from attention.capture import capture
 from attention.modules.gated import GatedAttention, GlobalAttention
 from attention.modules.multihead import MultiHeadAttention
 from attention.modules.transformer import TransformerBlock
+from attention.ops.attention_weights import attention_weights
 from attention.ops.biases import alibi, relative_buckets
 from attention.ops.cache import Cache, CrossCache
 from attention.ops.dot_product import (
   additive_attention,
-  attention_weights,
   dot_product_attention,
   explain,
   self_attention,

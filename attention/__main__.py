@@ -15,16 +15,11 @@ import attention
 from attention import plots
 from attention.data import translation
 from attention.ops.platforms import PLATFORMS
-from attention.training import (
-  answering,
-  flags,
-  inspection,
-  records,
-  tasks,
-  trained,
-)
+from attention.training import command_line, tasks, trained, translate_lines
 from attention.training.devices import catalogue, report
 from attention.training.main import complain, set_up_jax
+from attention.training.reporting import model_summary
+from attention.training.workdir import run_files
 
 _STRATEGIES = ('temperature', 'top_k', 'top_p', 'min_p', 'repetition_penalty')
 
@@ -64,7 +59,7 @@ def sample(arguments) -> int:
 def translate(arguments) -> int:
   """Reads lines, and prints the answers of a run's model, one a line."""
   task, params = _open(arguments, 'translation')
-  num_refused = answering.answer_lines(
+  num_refused = translate_lines.answer_lines(
     task,
     params,
     sys.stdin.buffer,
@@ -81,8 +76,8 @@ def evaluate(arguments) -> int:
   if files == (None, None):
     set_up_jax()
     workdir = pathlib.Path(arguments.workdir)
-    config = records.load_config(workdir)
-    task = tasks.create(config, records.load_data(workdir))
+    config = run_files.load_config(workdir)
+    task = tasks.create(config, run_files.load_data(workdir))
     params = trained.params(arguments.workdir, task)
     if config.task != 'translation':
       for name, value in task.evaluate(params, jax.device_put).items():
@@ -151,11 +146,11 @@ def plot(arguments) -> int:
 def inspect(arguments) -> int:
   """Counts a config's parameters, FLOPs and memory; --config.key=value too."""
   words = [f'--config={arguments.config}', *arguments.rest, '--workdir=unused']
-  config = flags.parse(['inspect', *words]).config
+  config = command_line.parse(['inspect', *words]).config
   if arguments.device is None:
     if arguments.decode:
       raise ValueError('--decode: expected --device=… too')
-    print(inspection.inspect(config, tasks.create(config)))
+    print(model_summary.inspect(config, tasks.create(config)))
     return 0
   target = catalogue.find(arguments.device)
   task = tasks.create(config)
@@ -171,7 +166,7 @@ def inspect(arguments) -> int:
 
 def doctor(_) -> int:
   """Prints versions, devices, and what attention dispatches to."""
-  for name, version in records.versions().items():
+  for name, version in run_files.versions().items():
     print(f'{name:<18}{version}')
   print(f'{"backend":<18}{jax.default_backend()}')
   for device in jax.devices():

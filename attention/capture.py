@@ -6,7 +6,7 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 
-from attention.ops.dot_product import attention_weights
+from attention.ops.attention_weights import attention_weights
 
 # Patterns leave the function as Haiku state of this name: the only way out of
 # `hk.layer_stack` and `hk.remat`, and the paths come with it.

@@ -15,7 +15,8 @@ import numpy as np
 import attention
 from attention import Mask
 from attention.modules.evoformer import EvoformerBlock
-from attention.training import flags, optimizers, precision, step, tasks
+from attention.training import command_line, tasks
+from attention.training.optimization import optimizers, precision, step
 
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
 # Query [b, t, h, d]. 'pair': a bias [h, t, t] for all rows, key lengths.
@@ -243,7 +244,9 @@ def _gpt2_step(scale):
   size = 'gpt2' if scale == 1 else 'debug'
 
   def load(implementation):
-    config = flags.load_config(str(_ROOT / f'configs/gpt_char.py:{size}'))
+    config = command_line.load_config(
+      str(_ROOT / f'configs/gpt_char.py:{size}')
+    )
     config.data.level = 'bytes'  # learns no vocabulary; the model's stays
     if implementation:
       config.model.implementation = implementation

@@ -67,7 +67,10 @@ _PACKAGES = (
   'tokamax',
   'cuequivariance-jax',
 )
-_TESTS = ('tests/ops/fused_test.py', 'tests/ops/dot_product_test.py')
+_TESTS = (
+  'tests/ops/implementations/fused_test.py',
+  'tests/ops/dot_product_test.py',
+)
 # What attention of ours may take: kernels, and temporaries over what goes in
 # and comes out.
 _LIMITS = {'forward': (8, 1.1), 'gradient': (16, 2.5)}

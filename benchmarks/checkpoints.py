@@ -21,10 +21,12 @@ import time
 
 import jax
 
-from attention.training import flags, main, optimizers, sharding, tasks
-from attention.training.checkpoints import Checkpoints
-from attention.training.settings import Settings
-from attention.training.step import Step
+from attention.training import command_line, main, tasks
+from attention.training.optimization import optimizers
+from attention.training.optimization.step import Step
+from attention.training.parallelism import sharding
+from attention.training.training_config import TrainingConfig
+from attention.training.workdir.checkpoints import Checkpoints
 
 _STEPS = 100
 _CONFIG = pathlib.Path(__file__).parents[1] / 'configs' / 'gpt_char.py'
@@ -32,9 +34,9 @@ _CONFIG = pathlib.Path(__file__).parents[1] / 'configs' / 'gpt_char.py'
 
 def measure(rounds: int) -> None:
   """Prints medians of milliseconds a step, and of their ratio."""
-  config = flags.load_config(str(_CONFIG))
+  config = command_line.load_config(str(_CONFIG))
   main.set_up_jax(config.training.cpu_devices)
-  settings = Settings.create(config.training.to_dict())
+  settings = TrainingConfig.create(config.training.to_dict())
   optimizer, schedule = optimizers.adamw(
     steps=settings.steps, **config.optimizer
   )

@@ -26,7 +26,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from attention.training import flags, optimizers, sharding, step, tasks
+from attention.training import command_line, tasks
+from attention.training.optimization import optimizers, step
+from attention.training.parallelism import sharding
 
 
 def ours(config):
@@ -150,7 +152,7 @@ def main():
   parser.add_argument('--config', default='configs/gpt_char.py')
   parser.add_argument('--data', default='', help='a text; default: as config')
   arguments = parser.parse_args()
-  config = flags.load_config(arguments.config)
+  config = command_line.load_config(arguments.config)
   config.data.path = arguments.data
   jax.config.update('jax_num_cpu_devices', config.training.cpu_devices)
 

@@ -6,10 +6,8 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 
-from attention.ops.dot_product import (
-  attention_weights,
-  dot_product_attention,
-)
+from attention.ops.attention_weights import attention_weights
+from attention.ops.dot_product import dot_product_attention
 from attention.ops.masks import Mask
 
 _GLOROT = hk.initializers.VarianceScaling(1.0, 'fan_avg', 'uniform')

@@ -1,39 +1,32 @@
-"""Small layers that the others are made of."""
+"""The layers that all modules share: linear, norms, embedding, dropout."""
 
 import math
-from typing import NamedTuple
 
 import haiku as hk
 import jax
 import jax.numpy as jnp
+from jax.tree_util import Partial
 
 from attention.ops.dropout import Dropout, check_rate
 
 
 class Linear(hk.Linear):
-  """`hk.Linear` that flattens the leading axes before the matrix product.
-
-  Its weights' gradient is then one 2-D product too, where on CPU XLA would
-  transpose and copy the operands of a product with more axes. The bias's
-  gradient adds up in float32: see `add`.
-  """
+  """`hk.Linear`, computed by `linear`."""
 
   def __call__(self, inputs, *, precision=None):
-    flat = inputs.reshape(math.prod(inputs.shape[:-1]), inputs.shape[-1])
     init = self.w_init or hk.initializers.TruncatedNormal(
       1 / math.sqrt(inputs.shape[-1])
     )
     shape = (inputs.shape[-1], self.output_size)
     weights = hk.get_parameter('w', shape, inputs.dtype, init)
-    outputs = jnp.dot(flat, weights, precision=precision)
+    bias = None
     if self.with_bias:
       bias = hk.get_parameter('b', shape[1:], inputs.dtype, self.b_init)
-      outputs = add(outputs, bias)
-    return outputs.reshape(*inputs.shape[:-1], self.output_size)
+    return linear(inputs, weights, bias, precision=precision)
 
 
 class Embed(hk.Embed):
-  """`hk.Embed` whose gradient, a sum over tokens, adds up in float32."""
+  """`hk.Embed` with a gradient that is accumulated over tokens in float32."""
 
   def __call__(self, ids):
     table = self.embeddings
@@ -41,11 +34,33 @@ class Embed(hk.Embed):
     return table.astype(dtype)[ids].astype(table.dtype)
 
 
-def add(x: jax.Array, bias: jax.Array) -> jax.Array:
-  """x + bias, which broadcasts to x; added in float32, in the dtype of x.
+def linear(x, weights, bias=None, *, precision=None):
+  """x weights + bias, with the leading axes flattened to one.
 
-  The bias's gradient is a sum over many positions: in bfloat16 it would stop
-  growing where a term is 1/256 of it.
+  The gradient of the weights is then a 2-D product as well; with more axes XLA
+  on CPU transposes and copies the operands.
+
+  Args:
+    x: [*b, a].
+    weights: [a, o].
+    bias: [o] or None; its gradient is accumulated in float32, see `add`.
+    precision: as in `jnp.dot`.
+
+  Returns:
+    [*b, o].
+  """
+  flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+  outputs = jnp.dot(flat, weights, precision=precision)
+  if bias is not None:
+    outputs = add(outputs, bias)
+  return outputs.reshape(*x.shape[:-1], weights.shape[-1])
+
+
+def add(x: jax.Array, bias: jax.Array) -> jax.Array:
+  """x + bias in the dtype of x, added in float32; bias broadcasts to x.
+
+  The gradient of the bias is a sum over many positions. In bfloat16 such a sum
+  stops growing once a term is smaller than 1/256 of it.
   """
   dtype = jnp.promote_types(x.dtype, jnp.float32)
   return (x.astype(dtype) + bias.astype(dtype)).astype(x.dtype)
@@ -62,7 +77,12 @@ class LayerNorm(hk.Module):
     shape = x.shape[-1:]
     scale = hk.get_parameter('scale', shape, x.dtype, jnp.ones)
     offset = hk.get_parameter('offset', shape, x.dtype, jnp.zeros)
-    return (normalise(x.astype(jnp.float32)) * scale + offset).astype(x.dtype)
+    return layer_norm(x, scale, offset)
+
+
+def layer_norm(x, scale, offset):
+  """Layer normalisation of x [*b, m] with scale and offset [m]."""
+  return (normalise(x.astype(jnp.float32)) * scale + offset).astype(x.dtype)
 
 
 class RMSNorm(hk.Module):
@@ -96,8 +116,8 @@ def normalise(x: jax.Array) -> jax.Array:
 
 @normalise.defjvp
 def _normalise_jvp(primals, tangents):
-  # Written out: it needs the output and one number a row, where the derivative
-  # of the formula keeps every intermediate result.
+  # Saves the output and one number a row; differentiating the formula would
+  # save every intermediate result.
   (x,), (dx,) = primals, tangents
   y, inverse = _normalise(x)
   along = (dx * y).mean(-1, keepdims=True)
@@ -107,8 +127,8 @@ def _normalise_jvp(primals, tangents):
 def dropout(x: jax.Array, rate: float, is_training: bool) -> jax.Array:
   """Drops entries with probability `rate` and scales up the rest.
 
-  By a hash of their positions: drawing `jax.random`'s bits takes a CPU longer
-  than what is done with them.
+  The choice is a hash of positions: on CPU, drawing bits with `jax.random`
+  takes longer than using them.
 
   Raises:
     ValueError: a rate outside [0, 1).
@@ -122,36 +142,19 @@ def dropout(x: jax.Array, rate: float, is_training: bool) -> jax.Array:
   return jnp.where(kept, x / (1 - rate), 0)
 
 
-class Affine(NamedTuple):
-  """x weights + bias, as a pytree of its parameters.
+def bind_linear(name, size, x, *, scale=1.0, bias=0.0) -> Partial:
+  """`linear` bound to the parameters `weights` and `bias` of a module `name`.
 
-  A layer that asks for its parameters first and is called later: inside JAX's
-  loops, where Haiku's modules may not be.
-  """
+  A bound layer is a pytree of its parameters. JAX's loops can call it, where
+  Haiku does not allow its modules.
 
-  weights: object  # [a, o]
-  bias: object  # [o]
-
-  def __call__(self, x):
-    flat = add(x.reshape(-1, x.shape[-1]) @ self.weights, self.bias)
-    return flat.reshape(*x.shape[:-1], -1)
-
-
-class Norm(NamedTuple):
-  """`LayerNorm`, as a pytree of its parameters."""
-
-  scale: object  # [m]
-  offset: object  # [m]
-
-  def __call__(self, x):
-    y = normalise(x.astype(jnp.float32)) * self.scale + self.offset
-    return y.astype(x.dtype)
-
-
-def affine(name, size, x, *, scale=1.0, bias=0.0) -> Affine:
-  """The parameters `weights` and `bias` of a module `name` for inputs like x.
-
-  Weights are normal, truncated, of variance `scale` / width of x.
+  Args:
+    name: the module's name.
+    size: width of the output.
+    x: [*b, a], an input.
+    scale: the weights are drawn from a truncated normal distribution of
+      variance scale / a; 0 initialises them to zeros.
+    bias: initial value of the bias.
   """
   init = hk.initializers.Constant(0.0)
   if scale:
@@ -160,18 +163,18 @@ def affine(name, size, x, *, scale=1.0, bias=0.0) -> Affine:
     'weights': ((x.shape[-1], size), init),
     'bias': ((size,), hk.initializers.Constant(bias)),
   }
-  return Affine(**_Parameters(name)(x.dtype, specs))
+  return Partial(linear, **_Parameters(name)(x.dtype, specs))
 
 
-def norm(name, x) -> Norm:
-  """Parameters `scale` and `offset` of a module `name` for inputs like x."""
+def bind_layer_norm(name, x) -> Partial:
+  """`layer_norm` bound to the parameters of a module `name`; a pytree."""
   shape = x.shape[-1:]
   specs = {'scale': (shape, jnp.ones), 'offset': (shape, jnp.zeros)}
-  return Norm(**_Parameters(name)(x.dtype, specs))
+  return Partial(layer_norm, **_Parameters(name)(x.dtype, specs))
 
 
 class _Parameters(hk.Module):
-  """A module that is nothing but its parameters."""
+  """A module that holds parameters and computes nothing."""
 
   def __call__(self, dtype, specs):
     return {

@@ -8,12 +8,9 @@ import jax.numpy as jnp
 
 from attention.modules.layers import Linear, RMSNorm
 from attention.ops import similarity
+from attention.ops.attention_weights import attention_weights
 from attention.ops.cache import Cache, CrossCache
-from attention.ops.dot_product import (
-  additive_attention,
-  attention_weights,
-  dot_product_attention,
-)
+from attention.ops.dot_product import additive_attention, dot_product_attention
 from attention.ops.dropout import check_rate
 from attention.ops.positions import rotary
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from attention.ops import checks
+from attention.ops import arguments
 from attention.ops.biases import ArrayBias, Bias
 from attention.ops.masks import Mask
 
@@ -90,7 +90,7 @@ class Cache:
       self._check('mask', array, key.shape, short='[q, k]')
     if bias is not None and not isinstance(bias, Bias):
       array = jnp.asarray(bias)
-      checks.check_float('bias', array)
+      arguments.check_float('bias', array)
       self._check('bias', array, key.shape, short='[h, q, k]')
       rank = len(batch) + 3
       bias = ArrayBias(array.reshape((1,) * (rank - array.ndim) + array.shape))
@@ -131,7 +131,7 @@ class Cache:
     if len(got) > 2:
       heads = got[-3]  # for attention to check, which knows the queries'
     shape = (*batch, heads, size, size)
-    checks.check_broadcast(name, got, shape, short)
+    arguments.check_broadcast(name, got, shape, short)
 
   def _mask(self, mask, num_query, num_key):
     slots = jnp.arange(num_key)

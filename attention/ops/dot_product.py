@@ -1,48 +1,12 @@
-"""The one attention function: check, canonicalise, dispatch."""
-
-import dataclasses
+"""Attention: the public functions over arrays."""
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from attention.ops import cudnn, reference, weights
-from attention.ops.checks import check, check_float
-from attention.ops.chunked import Chunked
-from attention.ops.fused import Tpu, Triton
-from attention.ops.implementation import (
-  ByPlatform,
-  Cut,
-  Implementation,
-  Refused,
-)
-from attention.ops.platforms import (
-  CUT_FOR_TPUS,
-  PLATFORMS,
-  canonical,
-  default_platform,
-)
+from attention.ops.arguments import check, check_float
+from attention.ops.implementations.dispatch import dispatch, find, names_of
+from attention.ops.platforms import canonical, default_platform
 from attention.ops.softmax import stable_softmax
-
-
-@dataclasses.dataclass(frozen=True)
-class _Missing(Implementation):
-  """No implementation of that name exists for the platform."""
-
-  platform: str
-
-  def refusal(self, *_):
-    return f'no kernel for platform {self.platform!r}'
-
-
-# Best first: the implementation of each platform; None stands for the others.
-_IMPLEMENTATIONS = {
-  'fused': {'cuda': Triton(), 'tpu': Tpu()},
-  'chunked': {'cpu': Chunked(), None: Chunked(is_cpu=False)},
-  'reference': {None: reference.Reference()},
-  'cudnn': {'cuda': cudnn.Cudnn()},
-}
-_DEFAULT = ('fused', 'chunked', 'reference')
 
 
 def dot_product_attention(
@@ -95,7 +59,7 @@ def dot_product_attention(
       says why. Where that depends on the platform, it is raised when the
       program is lowered for that platform.
   """
-  query, key, value, call = check(
+  query, key, value, options = check(
     query,
     key,
     value,
@@ -108,7 +72,7 @@ def dot_product_attention(
     dropout_rate=dropout_rate,
     dropout_rng=dropout_rng,
   )
-  return _dispatch(implementation, query, key, value, call)
+  return dispatch(implementation, query, key, value, options)
 
 
 def additive_attention(
@@ -136,39 +100,7 @@ def additive_attention(
   """
   vector = jnp.asarray(vector)
   checked = check(query, key, value, vector=vector, **arguments)
-  return _dispatch(implementation, *checked)
-
-
-def _dispatch(implementation, *checked):
-  names = _names(implementation)
-  choices = {p: _choose(names, p, *checked) for p in (*PLATFORMS, CUT_FOR_TPUS)}
-  chosen = set(choices.values())
-  if all(isinstance(c, Refused) for c in chosen):
-    raise NotImplementedError(choices[default_platform()].reason)
-  if len(chosen) == 1:
-    (only,) = chosen
-    return only(*checked)
-  return ByPlatform(
-    tuple((p, c if 'tpu' in p else Cut(c)) for p, c in choices.items())
-  )(*checked)
-
-
-def _choose(names, platform, *checked):
-  """The first implementation that can compute the call on the platform."""
-  reasons = []
-  for name in names:
-    implementation = _find(name, platform)
-    reason = implementation.refusal(*checked)
-    if reason is None:
-      return implementation
-    reasons.append(f'{name}: {reason}')
-  return Refused('; '.join(reasons))
-
-
-def _find(name, platform):
-  by_platform = _IMPLEMENTATIONS[name]
-  missing = by_platform.get(None, _Missing(platform))
-  return by_platform.get(platform, missing)
+  return dispatch(implementation, *checked)
 
 
 def explain(query, key, value, *, platform=None, **arguments) -> list:
@@ -191,7 +123,7 @@ def explain(query, key, value, *, platform=None, **arguments) -> list:
     ValueError: as `dot_product_attention`; an unknown platform.
   """
   platform = canonical(platform) if platform else default_platform()
-  names = _names(arguments.pop('implementation', None))
+  names = names_of(arguments.pop('implementation', None))
   found = []
 
   def visit(query, key, value):
@@ -200,50 +132,11 @@ def explain(query, key, value, *, platform=None, **arguments) -> list:
       if found and found[-1][1] in ('chosen', 'not needed'):
         found.append((name, 'not needed'))
       else:
-        reason = _find(name, platform).refusal(*checked)
+        reason = find(name, platform).refusal(*checked)
         found.append((name, reason or 'chosen'))
 
   jax.eval_shape(visit, query, key, value)
   return found
-
-
-def attention_weights(query, key, *, heads=None, queries=None, **arguments):
-  """softmax(query keyᵀ · scale + bias): the pattern, of some heads and queries.
-
-  Only what is asked for is computed: rows of a pattern too large to hold. Rows
-  sum to 1; to less with sinks; to 0 where a query may see no key.
-
-  Args:
-    query: [*b, q, h, d].
-    key: [*b, k, g, d].
-    heads: numbers of the heads wanted; all by default.
-    queries: positions of the queries wanted; all by default.
-    **arguments: bias, mask, is_causal, scale, logit_cap and sinks of
-      `dot_product_attention`; vector, for the pattern of `additive_attention`.
-
-  Returns:
-    [*b, heads, queries, k] float32.
-
-  Raises:
-    ValueError: as `dot_product_attention`; a head or query that isn't there.
-  """
-  query, key, _, call = check(query, key, key, **arguments)
-  heads = _select('heads', heads, query.shape[-2])
-  queries = _select('queries', queries, query.shape[-3])
-  return weights.attention_weights(query, key, call, heads, queries)
-
-
-def _select(name, numbers, count):
-  if numbers is None:
-    return np.arange(count)
-  chosen = np.atleast_1d(np.asarray(numbers))
-  is_int = np.issubdtype(chosen.dtype, np.integer)
-  if chosen.ndim != 1 or not is_int or not len(chosen):
-    raise ValueError(f'{name}: expected ints, got {numbers!r}')
-  wrong = chosen[(chosen < -count) | (chosen >= count)]
-  if len(wrong):
-    raise ValueError(f'{name}: expected 0 to {count - 1}, got {wrong.tolist()}')
-  return chosen % count
 
 
 def self_attention(x):
@@ -264,22 +157,3 @@ def self_attention(x):
   check_float('x', x)
   pattern = stable_softmax(jnp.einsum('...qm,...km->...qk', x, x))
   return jnp.einsum('...qk,...km->...qm', pattern, x)
-
-
-def _names(implementation):
-  if implementation is None:
-    return list(_DEFAULT)
-  names = (
-    [implementation]
-    if isinstance(implementation, str)
-    else list(implementation)
-  )
-  for name in names:
-    if name not in _IMPLEMENTATIONS:
-      raise ValueError(
-        f'implementation: expected one of {sorted(_IMPLEMENTATIONS)}, '
-        f'got {name!r}'
-      )
-  if not names:
-    raise ValueError('implementation: expected at least one name, got none')
-  return names

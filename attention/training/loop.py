@@ -10,23 +10,20 @@ import time
 import jax
 
 from attention import plots
-from attention.training import (
-  distributed,
-  lock,
-  precision,
-  records,
-  tasks,
-  work,
-)
-from attention.training.board import Board
-from attention.training.checkpoints import Checkpoints
-from attention.training.guard import NotFinite, Watch
-from attention.training.metrics import Metrics
-from attention.training.progress import Reporter, Stopwatch
-from attention.training.settings import Settings
-from attention.training.step import Step
-from attention.training.stopping import Interrupted, StopSignals
-from attention.training.trace import Trace
+from attention.training import tasks
+from attention.training.optimization import precision
+from attention.training.optimization.nonfinite import NotFinite, Watch
+from attention.training.optimization.step import Step
+from attention.training.parallelism import processes
+from attention.training.reporting import flops, memory
+from attention.training.reporting.console import Reporter, Stopwatch
+from attention.training.reporting.profiling import Trace
+from attention.training.reporting.tensorboard import TensorBoard
+from attention.training.stop_signals import Interrupted, StopSignals
+from attention.training.training_config import TrainingConfig
+from attention.training.workdir import lock, run_files
+from attention.training.workdir.checkpoints import Checkpoints
+from attention.training.workdir.metrics import Metrics
 
 
 def train(config, workdir: pathlib.Path) -> None:
@@ -65,23 +62,23 @@ def prepare(
   Raises:
     ValueError, OSError: as `train`.
   """
-  settings = Settings.create(config.training.to_dict())
-  task = tasks.create(config, records.data_to_go_on(workdir, config))
+  settings = TrainingConfig.create(config.training.to_dict())
+  task = tasks.create(config, run_files.data_to_go_on(workdir, config))
   step = Step.create(config, settings, task)
-  work.check_memory(step.like, step.mesh)
-  note = records.check(workdir, config, task.record())
+  memory.check_fits(step.like, step.mesh)
+  note = run_files.check(workdir, config, task.record())
 
   def record():
-    if distributed.is_first():
-      records.write(workdir, config, task.record())
+    if processes.is_first():
+      run_files.write(workdir, config, task.record())
     return note
 
   def run():
     with contextlib.ExitStack() as stack:
-      if distributed.is_first():
+      if processes.is_first():
         stack.enter_context(lock.held(workdir))
       stack.enter_context(precision.applied(settings.precision))
-      with distributed.together():
+      with processes.together():
         begun = _Run(settings, workdir, task, step, command, profile, stack)
         begun(record)
 
@@ -102,7 +99,7 @@ class _Run:
     # Signals first: they are heeded until all that follows is closed.
     self.stop = stack.enter_context(StopSignals())
     self.report = stack.enter_context(
-      Reporter(settings.steps, is_heard=distributed.is_first())
+      Reporter(settings.steps, is_heard=processes.is_first())
     )
     self.checkpoints = opened(
       Checkpoints(workdir / 'checkpoints', settings.num_kept, self.report.say)
@@ -110,7 +107,7 @@ class _Run:
     self.start = self.checkpoints.latest_step() or 0
     self.metrics = opened(
       Metrics(
-        workdir / 'metrics.jsonl', self.start, is_kept=distributed.is_first()
+        workdir / 'metrics.jsonl', self.start, is_kept=processes.is_first()
       )
     )
     self.trace = opened(Trace(workdir / 'profile', profile))
@@ -216,12 +213,12 @@ class _Run:
   # Both take a second, which the first step need not wait for.
   @functools.cached_property
   def _flops(self):
-    return work.of_step(self.task, self.task.batch(self.start))
+    return flops.count_step(self.task, self.task.batch(self.start))
 
   @functools.cached_property
   def _board(self):
-    if self.settings.tensorboard and distributed.is_first():
-      return self._opened(Board(self.workdir / 'tb', self.start))
+    if self.settings.tensorboard and processes.is_first():
+      return self._opened(TensorBoard(self.workdir / 'tb', self.start))
     return None
 
   def _is_due(self, key, done):
@@ -252,8 +249,8 @@ class _Run:
     rate = self._flops / seconds
     use = {
       'train/flops_per_second': rate,
-      'train/utilisation': work.utilisation(rate, self.step.mesh),
-      'train/memory_mib': work.memory_mib(self.step.mesh),
+      'train/utilisation': flops.utilisation(rate, self.step.mesh),
+      'train/memory_mib': memory.peak_mib(self.step.mesh),
     }
     return {k: v for k, v in use.items() if v is not None}
 
@@ -272,8 +269,8 @@ class _Run:
       return  # this evaluation is made up for when the run goes on
     self._write(done, values)
     self.report.evaluated(done, values)
-    params = distributed.gather(state['params'])
-    if distributed.is_first():
+    params = processes.gather(state['params'])
+    if processes.is_first():
       self._show(params, done)
 
   def _show(self, params, done):
@@ -321,5 +318,5 @@ def _introduce(report, task, step):
     + (f', in use: {shape}' if shape else '')
     + (f', {n} processes' if (n := jax.process_count()) > 1 else '')
   )
-  report.say(f'parameters  {count:,} ({work.show_bytes(size)})')
+  report.say(f'parameters  {count:,} ({memory.format_bytes(size)})')
   report.say(f'data        {task.describe()}')

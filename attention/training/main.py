@@ -6,14 +6,10 @@ import sys
 
 import jax
 
-from attention.training import (
-  compilation,
-  distributed,
-  flags,
-  guard,
-  lock,
-  loop,
-)
+from attention.training import command_line, compilation_cache, loop
+from attention.training.optimization import nonfinite
+from attention.training.parallelism import processes
+from attention.training.workdir import lock
 
 # No atomic additions, and the same kernels chosen in every run.
 _DETERMINISTIC = (
@@ -25,13 +21,13 @@ _DETERMINISTIC = (
 def main(argv: list[str]) -> int:
   """Trains; returns the exit status: 2 for a mistake of the user's."""
   if {'--help', '-h'} & set(argv[1:]):
-    print(flags.usage())
+    print(command_line.usage())
     return 0
   try:
-    arguments = flags.parse(argv)
+    arguments = command_line.parse(argv)
     config = arguments.config
     set_up_jax(config.training.cpu_devices, config.training.deterministic)
-    distributed.start(
+    processes.start(
       arguments.coordinator, arguments.num_processes, arguments.process_id
     )
     run = loop.prepare(
@@ -46,7 +42,7 @@ def main(argv: list[str]) -> int:
     run()
   except lock.Locked as error:
     return complain(error)
-  except guard.NotFinite as error:
+  except nonfinite.NotFinite as error:
     complain(error)
     return 1
   return 0
@@ -69,7 +65,7 @@ def set_up_jax(cpu_devices: int = 0, is_deterministic: bool = False) -> None:
     is_deterministic: only kernels that give the same bits in every run, on GPU
       (on CPU and TPU all do), at the price of some time.
   """
-  compilation.use_cache()
+  compilation_cache.use_cache()
   given = os.environ.get('XLA_FLAGS', '')
   if cpu_devices and 'xla_force_host_platform_device_count' not in given:
     jax.config.update('jax_num_cpu_devices', cpu_devices)

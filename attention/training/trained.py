@@ -4,8 +4,9 @@ import pathlib
 
 import jax
 
-from attention.training import records, tasks
-from attention.training.checkpoints import Checkpoints, abstract
+from attention.training import tasks
+from attention.training.workdir import run_files
+from attention.training.workdir.checkpoints import Checkpoints, abstract
 
 
 def load(workdir, kind: str | None = None) -> tuple:
@@ -22,7 +23,7 @@ def load(workdir, kind: str | None = None) -> tuple:
     ValueError: no run there, one of another task, or no checkpoint yet.
   """
   workdir = pathlib.Path(workdir)
-  config = records.load_config(workdir)
+  config = run_files.load_config(workdir)
   if kind not in (None, config.task):
     raise ValueError(
       f'{workdir}: expected a run of task {kind!r}, got one of {config.task!r}'

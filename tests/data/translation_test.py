@@ -8,13 +8,7 @@ import pytest
 
 from attention.data import dates, tones, translation
 from attention.data.subwords import Subwords
-from attention.data.vocabularies import (
-  END,
-  NUM_SPECIAL,
-  START,
-  Bytes,
-  Framed,
-)
+from attention.data.vocabularies import END, NUM_SPECIAL, START, Bytes, Framed
 
 _TEXTS = ['ein Haus', 'zwei kleine Häuser, am Fluß', 'drei', 'ein Boot'] * 9
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attention.modules.layers import Affine, Embed, Linear, add, dropout
+from attention.modules.layers import Embed, Linear, add, dropout, linear
 
 
 def _drop(x, rate=0.3, is_training=True, seed=0):
@@ -63,7 +63,7 @@ def _shared(params, tokens):
   """Sums over all tokens of what a table, a bias and positions give."""
   x = Embed(3, 5, name='tokens')(tokens)
   x = Linear(7)(add(x, hk.get_parameter('positions', (5,), init=jnp.ones)))
-  return Affine(params['weights'], params['bias'])(x)
+  return linear(x, params['weights'], params['bias'])
 
 
 def test_gradients_of_what_many_share_add_up_in_float32(assert_close):

@@ -7,8 +7,8 @@ import pytest
 
 import attention
 from attention import Mask
-from attention.ops import dot_product
-from attention.ops.fused import Tpu, Triton
+from attention.ops.implementations import dispatch
+from attention.ops.implementations.fused import Tpu, Triton
 from attention.ops.platforms import default_platform
 
 pytestmark = pytest.mark.usefixtures('exact_products')
@@ -193,7 +193,7 @@ class TestFused(Contract):
     here = default_platform()
     if here not in ('cpu', platform):
       pytest.skip(f'kernels for {platform!r}, where there is {here!r}')
-    platforms = dot_product._IMPLEMENTATIONS['fused']
+    platforms = dispatch._IMPLEMENTATIONS['fused']
     monkeypatch.setitem(platforms, here, kernels(interpret=here == 'cpu'))
 
 

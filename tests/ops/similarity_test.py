@@ -7,9 +7,10 @@ import pytest
 
 import attention
 from attention import Mask
-from attention.ops import reference, similarity
-from attention.ops.checks import check
-from attention.ops.chunked.queries import Queries
+from attention.ops import similarity
+from attention.ops.arguments import check
+from attention.ops.implementations import reference
+from attention.ops.implementations.chunked.query_loop import QueryLoop
 
 B, Q, K, H, G, D, E = 3, 5, 7, 6, 2, 11, 13
 IMPLEMENTATIONS = ('reference', 'chunked')
@@ -63,7 +64,7 @@ def test_additive_some_queries_at_a_time_has_the_same_gradients(
 
   def loss(qkvv, bias, sinks, attend):
     *qkv, vector = qkvv
-    *qkv, call = check(
+    *qkv, options = check(
       *qkv,
       vector=vector,
       bias=bias,
@@ -72,12 +73,12 @@ def test_additive_some_queries_at_a_time_has_the_same_gradients(
       dropout_rate=0.3,
       dropout_rng=rng,
     )
-    return (attend(*qkv, call) * weights).sum()
+    return (attend(*qkv, options) * weights).sum()
 
   expected = jax.value_and_grad(loss, (0, 1, 2))(
     qkvv, bias, sinks, reference.attention
   )
-  some = Queries(count=count)
+  some = QueryLoop(count=count)
   actual = jax.value_and_grad(loss, (0, 1, 2))(qkvv, bias, sinks, some)
   jax.tree.map(assert_close, actual, expected)
 
@@ -106,8 +107,8 @@ def test_additive_sums_gradients_in_float32(arrays):
   (vector,) = arrays((1, 2), dtype=jnp.bfloat16)
 
   def loss(value):
-    *inputs, call = check(query, key, value, vector=vector)
-    return Queries(count=1)(*inputs, call).astype(jnp.float32).sum()
+    *inputs, options = check(query, key, value, vector=vector)
+    return QueryLoop(count=1)(*inputs, options).astype(jnp.float32).sum()
 
   gradient = jax.jit(jax.grad(loss))(value).astype(jnp.float32)
   # Each query's weights add up to 1.

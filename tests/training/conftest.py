@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from attention.training import flags, loop
+from attention.training import command_line, loop
 
 _ROOT = pathlib.Path(__file__).parents[2]
 
@@ -25,7 +25,7 @@ def config(text):
 
   def make(name='gpt_char', size='debug', **changes):
     path = _ROOT / 'configs' / f'{name}.py'
-    config = flags.load_config(f'{path}:{size}')
+    config = command_line.load_config(f'{path}:{size}')
     config.data.path = str(text)
     config.update_from_flattened_dict(changes)
     return config

@@ -7,8 +7,8 @@ import types
 import jax
 import pytest
 
-import attention.__main__ as command_line
-from attention.training import flags, tasks, work
+import attention.__main__ as cli
+from attention.training import command_line, tasks
 from attention.training.devices import (
   catalogue,
   fitting,
@@ -17,8 +17,9 @@ from attention.training.devices import (
   report,
 )
 from attention.training.devices.programs import Program, Training
-from attention.training.settings import Settings
-from attention.training.step import Step
+from attention.training.optimization.step import Step
+from attention.training.reporting import flops, memory
+from attention.training.training_config import TrainingConfig
 
 _TEXT = """HloModule step
 
@@ -110,7 +111,7 @@ def test_the_largest_batch_is_found_in_few_steps(needs, limit, unit, expected):
 )
 def test_a_wrong_device_is_one_line(name, capsys, unset):
   words = ['inspect', '--config=configs/gpt_char.py:debug', f'--device={name}']
-  assert command_line.main(words) == 2
+  assert cli.main(words) == 2
   error = capsys.readouterr().err
   assert error.startswith('error: --device: expected')
   assert error.count('\n') == 1
@@ -138,7 +139,7 @@ def test_a_missing_compiler_is_one_line(
 
   monkeypatch.setattr(catalogue.topologies, 'get_topology_desc', refuse)
   words = ['inspect', '--config=configs/gpt_char.py:debug', f'--device={name}']
-  assert command_line.main(words) == 2
+  assert cli.main(words) == 2
   assert capsys.readouterr().err == (
     f"error: --device={name}: its compiler isn't installed; pip install -e "
     f"'.[{extra}]'\n"
@@ -203,10 +204,10 @@ def test_a_step_is_compiled_and_counted(config, cpu, monkeypatch):
   monkeypatch.setattr(programs, 'Program', types.SimpleNamespace(compile=watch))
   rows = _rows(report.of_training(small, task, cpu, seconds=0.0))
   (program,) = compiled
-  assert rows['model FLOPs'] == f'{work.of_step(task, task.batch(0)):,}'
+  assert rows['model FLOPs'] == f'{flops.count_step(task, task.batch(0)):,}'
   assert int(rows['kernels']) == hlo.count(program.text).kernels > 0
-  assert rows['4 fits'] == work.show_bytes(program.total)
-  left = work.show_bytes(cpu.usable - program.total)
+  assert rows['4 fits'] == memory.format_bytes(program.total)
+  left = memory.format_bytes(cpu.usable - program.total)
   assert (rows['all'], rows['for programs, 50%']) == ('1.0 MiB', '512.0 KiB')
   assert rows['left'] == left
 
@@ -223,7 +224,7 @@ def test_other_batches_are_compiled_while_there_is_time(
   monkeypatch.setattr(Training, 'compile', compile_quickly)
   rows = _rows(report.of_training(small, task, cpu, seconds=600.0))
   assert rows['largest that fits'] == '264'
-  assert rows['264 fits'] == work.show_bytes(524_000)
+  assert rows['264 fits'] == memory.format_bytes(524_000)
   rows = _rows(report.of_training(small, task, cpu, seconds=0.0))
   assert [x for x in rows if x.endswith(' fits')] == ['4 fits']
   assert int(rows['largest that fits, about (see --seconds)']) > 4
@@ -234,15 +235,15 @@ def test_what_writes_is_compiled_with_its_cache(config, cpu):
   rows = _rows(report.of_decoding(task, cpu))
   # 8 tokens, and 4 that are written of which the last isn't fed; of each, 16
   # channels of keys and of values in 2 layers, which count what they hold.
-  assert rows['cache'] == work.show_bytes(2 * (11 * 2 * 16 + 2) * 4)
+  assert rows['cache'] == memory.format_bytes(2 * (11 * 2 * 16 + 2) * 4)
   params = jax.eval_shape(task.init, jax.random.key(0))
   size = sum(4 * x.size for x in jax.tree.leaves(params))
-  assert rows['weights'] == work.show_bytes(size)
+  assert rows['weights'] == memory.format_bytes(size)
   assert int(rows['kernels']) > 0 < int(rows['kernels before the first'])
 
 
 def test_a_translators_decoding_is_compiled_too(cpu):
-  task = tasks.create(flags.load_config('configs/dates.py:debug'))
+  task = tasks.create(command_line.load_config('configs/dates.py:debug'))
   rows = _rows(report.of_decoding(task, cpu))
   assert int(rows['kernels']) > 0 and rows['cache'] != '0 B'
 
@@ -274,14 +275,14 @@ def test_a_step_is_compiled_for_devices_that_are_not_here(
   rows = _rows(output.splitlines())
   small = config(**{'model.num_layers': 1})
   task = tasks.create(small)
-  settings = Settings.create(small.training.to_dict())
+  settings = TrainingConfig.create(small.training.to_dict())
   step = Step.create(small, settings, task, jax.devices()[:1])
   # The gradients, the loss and the count of tokens are added up as one vector.
-  size = work.bytes_a_device(step.like['params']) + 2 * 4
-  assert rows['1 × all-reduce'] == work.show_bytes(size)
+  size = memory.bytes_per_device(step.like['params']) + 2 * 4
+  assert rows['1 × all-reduce'] == memory.format_bytes(size)
   assert int(rows['kernels']) > int(rows['of them copies'])
   if device == 'h100:2':  # a TPU's memory is cut into tiles
     batch = sum(x.size * x.itemsize for x in task.batch(0).values())
-    state = work.bytes_a_device(step.like) + batch // 2 + 4
+    state = memory.bytes_per_device(step.like) + batch // 2 + 4
     name = 'parameters, optimizer state, batch'
-    assert rows[name] == work.show_bytes(state)
+    assert rows[name] == memory.format_bytes(state)

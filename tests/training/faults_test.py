@@ -4,11 +4,12 @@ import jax
 import numpy as np
 import pytest
 
-from attention.training import flags, loop, metrics
+from attention.training import command_line, loop
 from attention.training import main as training_main
-from attention.training.checkpoints import Checkpoints
-from attention.training.guard import NotFinite
+from attention.training.optimization.nonfinite import NotFinite
 from attention.training.tasks.language import Language
+from attention.training.workdir import metrics
+from attention.training.workdir.checkpoints import Checkpoints
 
 
 @pytest.fixture
@@ -85,7 +86,11 @@ def test_too_many_bad_steps_end_the_run_by_name(
   poison(*range(4, 99))
   settings = _tiny(config, **{'training.steps': 30})
   monkeypatch.setattr(
-    flags, 'parse', lambda _: flags.Arguments(settings, tmp_path / 'run')
+    command_line,
+    'parse',
+    lambda _: command_line.Arguments(settings, tmp_path / 'run'),
+    'parse',
+    lambda _: command_line.Arguments(settings, tmp_path / 'run'),
   )
   monkeypatch.setattr(training_main, 'set_up_jax', lambda *_: None)
   assert training_main.main(['train.py']) == 1

@@ -9,23 +9,17 @@ import jax
 import numpy as np
 import pytest
 
-from attention import __main__ as command_line
+from attention import __main__ as cli
 from attention.interop import gpt2
-from attention.training import (
-  loop,
-  metrics,
-  optimizers,
-  records,
-  step,
-  tasks,
-  trained,
-)
-from attention.training.checkpoints import Checkpoints, abstract
+from attention.training import loop, tasks, trained
+from attention.training.optimization import optimizers, step
+from attention.training.workdir import metrics, run_files
+from attention.training.workdir.checkpoints import Checkpoints, abstract
 
 
 def _state(workdir):
   """The newest checkpoint as a flat dict of arrays, and its step."""
-  config = records.load_config(workdir)
+  config = run_files.load_config(workdir)
   task = tasks.load(config, workdir)
   optimizer, _ = optimizers.adamw(
     steps=config.training.steps, **config.optimizer
@@ -220,17 +214,17 @@ def test_metrics_after_the_restored_step_are_removed(tmp_path):
 def test_sample_continues_the_prompt(ended, capsys):
   capsys.readouterr()
   words = ['sample', f'--workdir={ended}', '--num_tokens=11', '--top_k=3']
-  assert command_line.main([*words, '--prompt=the lazy']) == 0
+  assert cli.main([*words, '--prompt=the lazy']) == 0
   first = capsys.readouterr().out
   assert first.startswith('the lazy')
   assert len(first) == len('the lazy') + 11 + 1
   task, params = trained.load(ended)
   options = dict(seed=0, top_k=3, temperature=0.8)
   assert task.sample(params, 'the lazy', 11, **options) + '\n' == first
-  assert command_line.main([*words, '--prompt=the lazy', '--seed=0']) == 0
+  assert cli.main([*words, '--prompt=the lazy', '--seed=0']) == 0
   assert capsys.readouterr().out == first
   # A prompt longer than the context: its end is what counts.
-  assert command_line.main([*words, '--prompt=' + 'the fox ' * 9]) == 0
+  assert cli.main([*words, '--prompt=' + 'the fox ' * 9]) == 0
   capsys.readouterr()
   for word, message in (
     ('--prompt=A?', "prompt: symbols '?A'"),
@@ -238,7 +232,7 @@ def test_sample_continues_the_prompt(ended, capsys):
     ('--temperature=-1', 'temperature: expected 0 or more'),
     ('--top_k=0', 'top_k: expected 1 or more'),
   ):
-    assert command_line.main([*words, word]) == 2
+    assert cli.main([*words, word]) == 2
     said = capsys.readouterr()
     assert message in said.err
     assert not said.out
@@ -275,19 +269,19 @@ def test_records_that_do_not_serve_are_named(
 
 def test_sample_needs_a_run_with_a_checkpoint(ended, tmp_path, capsys):
   words = ['sample', f'--workdir={tmp_path / "run"}']
-  assert command_line.main(words) == 2
+  assert cli.main(words) == 2
   assert 'no run here' in capsys.readouterr().err
   shutil.copytree(ended, tmp_path / 'run')
   shutil.rmtree(tmp_path / 'run' / 'checkpoints')
   capsys.readouterr()
-  assert command_line.main(words) == 2
+  assert cli.main(words) == 2
   error = capsys.readouterr().err
   assert 'no checkpoint' in error
   assert error.count('\n') == 1
 
 
 def test_doctor_tells_versions_devices_and_implementations(capsys):
-  assert command_line.main(['doctor']) == 0
+  assert cli.main(['doctor']) == 0
   said = capsys.readouterr().out
   assert jax.__version__ in said
   assert 'cpu' in said

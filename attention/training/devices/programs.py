@@ -5,10 +5,11 @@ import re
 
 import jax
 
-from attention.training import precision, sharding
 from attention.training.devices import catalogue
-from attention.training.settings import Settings
-from attention.training.step import Step
+from attention.training.optimization import precision
+from attention.training.optimization.step import Step
+from attention.training.parallelism import sharding
+from attention.training.training_config import TrainingConfig
 
 # How libtpu's compiler says that a program is too large, in GiB or less.
 _TOO_LARGE = re.compile(
@@ -69,7 +70,7 @@ class Training:
     Raises:
       ValueError: as `Step.create`.
     """
-    self.settings = Settings.create(config.training.to_dict())
+    self.settings = TrainingConfig.create(config.training.to_dict())
     self.batch = task.batch(0)
     if self.settings.deterministic and target.options:  # of GPUs
       options = target.options | {'xla_gpu_deterministic_ops': True}

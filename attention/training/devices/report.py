@@ -5,9 +5,10 @@ import time
 
 import jax
 
-from attention.training import sharding, work
 from attention.training.devices import fitting, hlo
 from attention.training.devices.programs import Program, Training, described
+from attention.training.parallelism import sharding
+from attention.training.reporting import flops, memory
 
 _CAP = 1024  # times the config's batch: no larger one is looked for
 
@@ -40,13 +41,13 @@ def of_training(config, task, target, seconds: float):
   yield from _memory(program, target, 'parameters, optimizer state, batch')
   yield ''
   yield 'a step, on a device'
-  flops = work.of_step(task, training.batch) // mesh.size
-  yield _row('model FLOPs', f'{flops:,}')
+  count = flops.count_step(task, training.batch) // mesh.size
+  yield _row('model FLOPs', f'{count:,}')
   if program.text:
     yield from _counts(hlo.count(program.text))
   yield ''
   yield 'memory of a device, by batch'
-  points = {0: work.bytes_a_device(training.step.like), rows: program.total}
+  points = {0: memory.bytes_per_device(training.step.like), rows: program.total}
   yield _fit(rows, program, target)
   limits = target.usable, training.unit, _CAP * rows
   while (largest := fitting.largest(points, *limits)) not in points:
@@ -80,14 +81,14 @@ def of_decoding(task, target):
   with described(mesh):
     lowered, cache = task.lower_decoding(params)
   program = Program.compile(lowered, target)
-  weights = work.bytes_a_device(params)
+  weights = memory.bytes_per_device(params)
   held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
   yield f'writing on {target.kind}'
   yield from _memory(program, target, 'weights and prompt')
   yield ''
   yield 'a token'
-  yield _row('weights', work.show_bytes(weights))
-  yield _row('cache', work.show_bytes(held))
+  yield _row('weights', memory.format_bytes(weights))
+  yield _row('cache', memory.format_bytes(held))
   if program.text:
     before = hlo.count(program.text, turns=0).kernels
     each = hlo.count(program.text, turns=1).kernels - before
@@ -105,28 +106,28 @@ def _timed(training, rows):
 def _memory(program, target, arguments):
   yield ''
   yield 'memory of a device'
-  yield _row('all', work.show_bytes(target.memory))
+  yield _row('all', memory.format_bytes(target.memory))
   if target.share < 1:
     yield _row(
-      f'for programs, {target.share:.0%}', work.show_bytes(target.usable)
+      f'for programs, {target.share:.0%}', memory.format_bytes(target.usable)
     )
   if program.arguments:
-    yield _row(arguments, work.show_bytes(program.arguments))
-  yield _row('temporaries', work.show_bytes(program.temporaries))
+    yield _row(arguments, memory.format_bytes(program.arguments))
+  yield _row('temporaries', memory.format_bytes(program.temporaries))
   left = target.usable - program.total
-  yield _row('left' if left >= 0 else 'lacking', work.show_bytes(abs(left)))
+  yield _row('left' if left >= 0 else 'lacking', memory.format_bytes(abs(left)))
 
 
 def _counts(counts):
   yield _row('kernels', f'{counts.kernels:,}')
   yield _row('of them copies', f'{counts.copies:,}')
   for kind, (number, size) in counts.collectives.items():
-    yield _row(f'{number:,} × {kind}', work.show_bytes(size))
+    yield _row(f'{number:,} × {kind}', memory.format_bytes(size))
 
 
 def _fit(rows, program, target):
   fits = 'fits' if program.total <= target.usable else "doesn't fit"
-  return _row(f'{rows:,} {fits}', work.show_bytes(program.total))
+  return _row(f'{rows:,} {fits}', memory.format_bytes(program.total))
 
 
 def _row(name, value):

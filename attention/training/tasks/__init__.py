@@ -6,10 +6,10 @@ with, `loss_unit` and `example_name`.
 
 import pathlib
 
-from attention.training import records
 from attention.training.tasks.classification import Classification
 from attention.training.tasks.language import Language
 from attention.training.tasks.translation import Translation
+from attention.training.workdir import run_files
 
 _TASKS = {
   'classification': Classification,
@@ -42,7 +42,7 @@ def load(config, workdir: pathlib.Path):
   Raises:
     ValueError: an unknown task, or no record of its data.
   """
-  return _find(config).load(config, records.load_data(workdir))
+  return _find(config).load(config, run_files.load_data(workdir))
 
 
 def _find(config):

@@ -1,0 +1,1 @@
+"""Implementations of attention and the rules for choosing one by platform."""

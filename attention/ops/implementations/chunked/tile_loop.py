@@ -1,0 +1,389 @@
+"""Attention in blocks of queries × keys, for few long sequences.
+
+The softmax runs along the blocks of keys (Milakov & Gimelshein 2018; Dao et al.
+2022); blocks that the mask rules out are passed over.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from attention.ops import batching
+from attention.ops.implementations.base import (
+  Implementation,
+  gradient_of_options,
+)
+from attention.ops.implementations.chunked.tiles import (
+  Span,
+  Tiles,
+  find_spans,
+)
+from attention.ops.masks import LEAST, MASKED
+
+
+@dataclasses.dataclass(frozen=True)
+class TileLoop(Implementation):
+  """Tiles of queries × keys."""
+
+  tiles: Tiles | None = None  # chosen by shape
+
+  def forward(self, query, key, value, options):
+    *batch, num_query, num_heads, _ = query.shape
+    plan = self._plan(query, key, options)
+    flat = (batching.flatten(x, 3) for x in (query, key, value))
+    return [
+      x.reshape(*batch, num_query, num_heads, *x.shape[3:])
+      for x in _forward(plan, *flat, options)
+    ]
+
+  def backward(
+    self, query, key, value, options, output, top, log_total, d_output
+  ):
+    plan = self._plan(query, key, options)
+    query_like, key_like, value_like = query, key, value
+    query, key, value, output, d_output = (
+      batching.flatten(x, 3) for x in (query, key, value, output, d_output)
+    )
+    top, log_total = (batching.flatten(x, 2) for x in (top, log_total))
+    *grads, d_options = _backward(
+      plan, query, key, value, options, output, top, log_total, d_output
+    )
+    likes = query_like, key_like, value_like
+    grads = [g.reshape(x.shape) for g, x in zip(grads, likes, strict=True)]
+    return *grads, d_options
+
+  def _plan(self, query, key, options):
+    *batch, num_query, num_heads, _ = query.shape
+    num_key, num_groups = key.shape[-3:-1]
+    tiles = self.tiles or Tiles.choose(num_heads, num_query, num_key)
+    return _Plan(
+      tuple(batch),
+      num_query,
+      num_key,
+      num_groups,
+      tiles,
+      find_spans(options.mask, num_query, num_key, tiles),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+  """The static part of the work."""
+
+  batch: tuple
+  num_query: int
+  num_key: int
+  num_groups: int
+  tiles: Tiles
+  spans: tuple  # for each block of queries, the `Span` of keys it meets
+
+  @property
+  def row_starts(self):
+    return np.arange(0, math.prod(self.batch), self.tiles.rows, dtype=np.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tile:
+  """Where a tile lies. Starts may be traced.
+
+  Blocks at the ragged end begin earlier, so that all have one size; what they
+  share with the block before counts there alone.
+  """
+
+  row: object
+  query: object
+  key: object
+  key_done: object  # keys below it belong to the block before; None: none
+  is_whole: bool  # all queries see all keys
+
+
+def _block(number, size, length):
+  """Start of a block, and below which positions it repeats the one before."""
+  if length % size == 0:
+    return number * size, None
+  return jnp.minimum(number * size, length - size), number * size
+
+
+def _take_queries(plan, start, *arrays):
+  """Blocks of [r, q, h, …], heads beside the batch: [r, g, p, q, …]."""
+  blocks = (
+    batching.take_block(x, start, plan.tiles.queries, 1).swapaxes(1, 2)
+    for x in arrays
+  )
+  return [x.reshape(len(x), plan.num_groups, -1, *x.shape[2:]) for x in blocks]
+
+
+def _query_block(x, dtype):
+  """[r, g, p, q, …], as `_take_queries` gives it → [r, q, h, …]."""
+  return x.reshape(len(x), -1, *x.shape[3:]).swapaxes(1, 2).astype(dtype)
+
+
+def _take_keys(plan, start, *arrays):
+  """Blocks of [r, k, g, c], heads beside the batch: [r, g, k, c]."""
+  blocks = (batching.take_block(x, start, plan.tiles.keys, 1) for x in arrays)
+  return [x.swapaxes(1, 2) for x in blocks]
+
+
+def _products(query, key):
+  """[r, g, p, q, c], [r, g, k, c] → [r, g, p, q, k] float32."""
+  r, g, p, q, c = query.shape
+  x = jnp.einsum(
+    'rgqc,rgkc->rgqk',
+    query.reshape(r, g, p * q, c),
+    key,
+    preferred_element_type=jnp.float32,
+  )
+  return x.reshape(r, g, p, q, -1)
+
+
+def _sum_keys(weights, value):
+  """[r, g, p, q, k], [r, g, k, c] → [r, g, p, q, c] float32."""
+  r, g, p, q, k = weights.shape
+  x = jnp.einsum(
+    'rgqk,rgkc->rgqc',
+    weights.reshape(r, g, p * q, k).astype(value.dtype),
+    value,
+    preferred_element_type=jnp.float32,
+  )
+  return x.reshape(r, g, p, q, -1)
+
+
+def _logits(plan, options, query, key, tile):
+  """A tile's logits in float32, [r, g, p, q, k], and before cap and bias."""
+  x = _products(query, key)
+  r, g, _, q, k = x.shape
+  x = x * options.scale
+  capped = x
+  if options.logit_cap is not None:
+    capped = options.logit_cap * jnp.tanh(x / options.logit_cap)
+  y = capped
+  if options.bias is not None:
+    y = y + _per_head(
+      options.bias.tile(plan.batch, tile.row, r, tile.query, q, tile.key, k), g
+    )
+  if tile.is_whole:
+    return y, capped
+  seen = None
+  if options.mask is not None:
+    seen = options.mask.rows(plan.batch, tile.row, r)
+    seen = _per_head(seen.tile(tile.query, q, tile.key, k), g)
+  if tile.key_done is not None:
+    fresh = tile.key + jnp.arange(k) >= tile.key_done
+    seen = fresh if seen is None else seen & fresh
+  if seen is not None:
+    # A sum, which XLA fuses into the exponential's kernel; a select it doesn't.
+    y = y + jnp.where(seen, 0.0, MASKED)
+  return y, capped
+
+
+def _per_head(x, g):
+  """[…, h or 1, q, k] → [r or 1, g or 1, h / g or 1, q, k] in float32."""
+  x = x.reshape((1,) * (4 - x.ndim) + x.shape)
+  groups = g if x.shape[1] > 1 else 1
+  return x.reshape(x.shape[0], groups, -1, *x.shape[2:])
+
+
+def _dropped(plan, options, shape, tile):
+  """Factors that drop weights, of the shape of a tile's logits."""
+  r, g, p, q, k = shape
+  rows = (tile.row + jnp.arange(r))[:, None] * (g * p) + jnp.arange(g * p)
+  factor = options.dropout.factor(rows, tile.query, q, tile.key, k)
+  return factor.reshape(shape)
+
+
+def _absorb(plan, options, carry, query, key, value, tile):
+  """Adds a tile of keys to a running softmax (top, total, sum of values)."""
+  old_top, total, values = carry
+  logits, _ = _logits(plan, options, query, key, tile)
+  top = jnp.maximum(old_top, logits.max(-1))
+  shrink = jnp.exp(old_top - top)
+  exp = jnp.exp(logits - top[..., None])
+  total = total * shrink + exp.sum(-1)
+  if options.dropout is not None:
+    exp = exp * _dropped(plan, options, exp.shape, tile)
+  values = values * shrink[..., None] + _sum_keys(exp, value)
+  return top, total, values
+
+
+def _finish(options, top, total, values):
+  """Output, and the denominator's logarithm as `top` and what is above it.
+
+  The two apart: beside a `top` of -1e9, as some biases make it, the rest would
+  be lost.
+  """
+  if options.sinks is not None:
+    sinks = options.sinks.astype(jnp.float32).reshape(*top.shape[1:3], 1)
+    total = total + jnp.exp(sinks - top)
+  # Nothing seen: an infinite denominator, so zero weights, here and backwards.
+  total = jnp.where(total > 0, total, jnp.inf)
+  return values / total[..., None], top, jnp.log(total)
+
+
+def _fold_keys(step, carry, plan, block):
+  """Folds step(is_whole, number, carry) over the keys' blocks that are seen."""
+  span = Span(*np.array(plan.spans, np.int32).T)
+  for first, last, is_whole in (
+    (span.first, span.whole, False),
+    (span.whole, span.rest, True),
+    (span.rest, span.last, False),
+  ):
+    if len(first) == 1 and last - first == 1:
+      carry = step(is_whole, int(first[0]), carry)
+    elif (first < last).any():
+      bounds = jnp.asarray(first)[block], jnp.asarray(last)[block]
+      carry = lax.fori_loop(*bounds, functools.partial(step, is_whole), carry)
+  return carry
+
+
+def _fold(step, carry, starts):
+  """Folds step(carry, start); a single one is unwrapped, its start static."""
+  if len(starts) == 1:
+    return step(carry, int(starts[0]))
+  starts = jnp.asarray(starts)
+  return lax.scan(lambda *x: (step(*x), None), carry, starts)[0]
+
+
+def _take_row_block(plan, start, *arrays):
+  return [batching.take_block(x, start, plan.tiles.rows, 0) for x in arrays]
+
+
+def _forward(plan, query, key, value, options):
+  """Output [r, q, h, e] and, as `_finish` has them, two [r, q, h]."""
+  shape = query.shape[:-1]
+  zeros = (
+    jnp.zeros((*shape, value.shape[-1]), query.dtype),
+    jnp.zeros(shape, jnp.float32),
+    jnp.zeros(shape, jnp.float32),
+  )
+
+  def row_step(carry, row):
+    rows = _take_row_block(plan, row, query, key, value)
+
+    def query_step(carry, number):
+      start, _ = _block(number, plan.tiles.queries, plan.num_query)
+      (q,) = _take_queries(plan, start, rows[0])
+
+      def key_step(is_whole, number, carry):
+        at, key_done = _block(number, plan.tiles.keys, plan.num_key)
+        k, v = _take_keys(plan, at, *rows[1:])
+        tile = _Tile(row, start, at, key_done, is_whole)
+        return _absorb(plan, options, carry, q, k, v, tile)
+
+      top = jnp.full(q.shape[:-1], LEAST)
+      nothing = jnp.zeros((*top.shape, value.shape[-1]))
+      softmax = (top, jnp.zeros_like(top), nothing)
+      blocks = _finish(options, *_fold_keys(key_step, softmax, plan, number))
+      # What a ragged end computes twice is the same twice.
+      return tuple(
+        batching.put_block(whole, _query_block(x, whole.dtype), (row, start))
+        for whole, x in zip(carry, blocks, strict=True)
+      )
+
+    return _fold(query_step, carry, range(len(plan.spans)))
+
+  return _fold(row_step, zeros, plan.row_starts)
+
+
+def _backward(
+  plan, query, key, value, options, output, top, log_total, d_output
+):
+  f32 = jnp.float32
+  # Each query's Σ weight · d_weight, from its output alone (Dao et al. 2022).
+  delta = (d_output.astype(f32) * output.astype(f32)).sum(-1)
+
+  def row_step(carry, row):
+    all_k, all_v, *of_queries = _take_row_block(
+      plan, row, key, value, query, d_output, top, log_total, delta
+    )
+
+    def query_step(carry, number):
+      start, done = _block(number, plan.tiles.queries, plan.num_query)
+      q, d_out, *softmax = _take_queries(plan, start, *of_queries)
+      # What is summed over queries has them last; a barrier, or XLA would undo
+      # it and CPUs take a slower product.
+      q_t, d_out_t = lax.optimization_barrier(
+        tuple(jnp.moveaxis(x, -1, 2) for x in (q, d_out))
+      )
+      if done is not None:
+        # Queries of the block before: weights of zero.
+        fresh = start + jnp.arange(plan.tiles.queries) >= done
+        softmax[1] = jnp.where(fresh, softmax[1], jnp.inf)
+
+      def key_step(is_whole, number, carry):
+        dq, dk, dv, d_bias = carry
+        at, key_done = _block(number, plan.tiles.keys, plan.num_key)
+        k, v = _take_keys(plan, at, all_k, all_v)
+        tile = _Tile(row, start, at, key_done, is_whole)
+        used, d_logits, d_products = _tile_gradients(
+          plan, options, q, k, v, d_out, *softmax, tile
+        )
+        d_block = options.scale * _sum_queries(d_products, q_t)
+        dk = batching.add_block(dk, d_block, (0, at))
+        dv = batching.add_block(dv, _sum_queries(used, d_out_t), (0, at))
+        if options.bias is not None:
+          flat = d_logits.reshape(len(d_logits), -1, *d_logits.shape[3:])
+          d_bias = options.bias.add_gradient(
+            d_bias, flat, plan.batch, row, start, at
+          )
+        return dq + _sum_keys(d_products, k), dk, dv, d_bias
+
+      dq, *carry = carry
+      carry = (jnp.zeros(q.shape, f32), *carry)
+      d_block, *carry = _fold_keys(key_step, carry, plan, number)
+      d_block = _query_block(options.scale * d_block, dq.dtype)
+      return batching.add_block(dq, d_block, (row, start)), *carry
+
+    dq, dk, dv, d_bias = carry
+    zeros = [jnp.zeros(x.shape, f32) for x in (all_k, all_v)]
+    blocks = range(len(plan.spans))
+    dq, *d_row, d_bias = _fold(query_step, (dq, *zeros, d_bias), blocks)
+    dk, dv = (
+      batching.put_block(whole, x.astype(whole.dtype), (row,))
+      for whole, x in zip((dk, dv), d_row, strict=True)
+    )
+    return dq, dk, dv, d_bias
+
+  zeros = [jnp.zeros_like(x) for x in (query, key, value)]
+  d_bias = None if options.bias is None else options.bias.zero_gradient()
+  dq, dk, dv, d_bias = _fold(row_step, (*zeros, d_bias), plan.row_starts)
+  if options.bias is not None:
+    d_bias = options.bias.finish_gradient(d_bias)
+  d_sinks = None
+  if options.sinks is not None:
+    weights = jnp.exp(options.sinks.astype(f32) - top - log_total)
+    d_sinks = -(weights * delta).sum((0, 1)).astype(options.sinks.dtype)
+  return dq, dk, dv, gradient_of_options(options, bias=d_bias, sinks=d_sinks)
+
+
+def _tile_gradients(plan, options, q, k, v, d_out, top, log_total, delta, tile):
+  """A tile's weights as used, and gradients of its logits and products.
+
+  The products' gradient is the one after scaling.
+  """
+  logits, capped = _logits(plan, options, q, k, tile)
+  weights = jnp.exp(logits - top[..., None] - log_total[..., None])
+  d_weights = _products(d_out, v)
+  used = weights
+  if options.dropout is not None:
+    factor = _dropped(plan, options, weights.shape, tile)
+    used, d_weights = weights * factor, d_weights * factor
+  d_products = d_logits = weights * (d_weights - delta[..., None])
+  if options.logit_cap is not None:
+    d_products = d_logits * (1 - jnp.square(capped / options.logit_cap))
+  return used, d_logits, d_products
+
+
+def _sum_queries(weights, x):
+  """Over queries and heads that share a key: [r, g, c, p, q] → [r, k, g, c]."""
+  r, g, p, q, k = weights.shape
+  sums = jnp.einsum(
+    'rgcq,rgqk->rgck',
+    x.reshape(r, g, -1, p * q),
+    weights.reshape(r, g, p * q, k).astype(x.dtype),
+    preferred_element_type=jnp.float32,
+  )
+  return sums.transpose(0, 3, 1, 2)

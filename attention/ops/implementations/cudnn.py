@@ -1,0 +1,120 @@
+"""cuDNN's attention through JAX's own function, within the contract.
+
+It is never the default: programs that call it compile only where the GPU is.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from attention.ops.implementations.base import Recomputing
+from attention.ops.masks import Band, Lengths, Mask
+
+_SIZES = 128  # channels a head at most, on all GPUs that cuDNN supports
+
+
+@dataclasses.dataclass(frozen=True)
+class Cudnn(Recomputing):
+  """16 bits, no bias; causal, a causal window, key and query lengths."""
+
+  def refusal(self, query, key, value, options):
+    size = query.shape[-1]
+    if query.dtype not in (jnp.bfloat16, jnp.float16):
+      return f'expected bfloat16 or float16, got {query.dtype}'
+    if not query.dtype == key.dtype == value.dtype:
+      return (
+        f'expected one dtype, got {query.dtype}, {key.dtype}, {value.dtype}'
+      )
+    if size % 8 or size > _SIZES or value.shape[-1] != size:
+      return (
+        'expected one size of keys and values, a multiple of 8 up to '
+        f'{_SIZES}, got {size} and {value.shape[-1]}'
+      )
+    if min(*query.shape, *value.shape) == 0:
+      return 'an axis without positions'
+    for name in ('bias', 'sinks', 'dropout', 'vector', 'logit_cap'):
+      if getattr(options, name) is not None:
+        return f'{name} is not supported'
+    try:
+      _translate(options.mask)
+    except NotImplementedError as reason:
+      return str(reason)
+
+  def attend(self, query, key, value, options):
+    options = _translate(options.mask)
+    batch, num_query = query.shape[:-3], query.shape[-3]
+    shape = (*query.shape[:-1], value.shape[-1])
+    flat = [x.reshape(-1, *x.shape[-3:]) for x in (query, key, value)]
+    for name, length in (
+      ('query_seq_lengths', num_query),
+      ('key_value_seq_lengths', key.shape[-3]),
+    ):
+      if options[name] is not None:
+        lengths = jnp.clip(jnp.asarray(options[name]), 0, length)
+        options[name] = jnp.broadcast_to(lengths, batch).reshape(-1)
+    output = jax.nn.dot_product_attention(
+      *flat, scale=options.scale, implementation='cudnn', **options
+    ).reshape(shape)
+    if options.mask is None:
+      return output
+    # cuDNN gives fully masked rows a mean.
+    seen = _sees_some(options.mask, num_query, key.shape[-3])
+    return jnp.where(seen[..., None, None], output, 0)
+
+  def __call__(self, query, key, value, options):
+    return self.attend(query, key, value, options)
+
+
+def _translate(mask) -> dict:
+  """The mask as arguments of `jax.nn.dot_product_attention`."""
+  options = dict(
+    is_causal=False,
+    query_seq_lengths=None,
+    key_value_seq_lengths=None,
+    local_window_size=None,
+  )
+  if mask is None:
+    return options
+  bands = Mask(tuple(c for c in mask.conditions if isinstance(c, Band)))
+  if bands.conditions:
+    low, high = bands.diagonals()
+    if not bands.is_band or high != 0 or (low is not None and low > 0):
+      raise NotImplementedError('of bands only causal ones are supported')
+    options['is_causal'] = True
+    options['local_window_size'] = None if low is None else (-low, 0)
+  for condition in mask.conditions:
+    if isinstance(condition, Band):
+      continue
+    if isinstance(condition, Lengths):
+      for name, lengths in (
+        ('query_seq_lengths', condition.query_lengths),
+        ('key_value_seq_lengths', condition.key_lengths),
+      ):
+        if lengths is not None and options[name] is not None:
+          raise NotImplementedError('lengths given twice are not supported')
+        if lengths is not None:
+          options[name] = lengths
+    else:
+      kind = type(condition).__name__.lower()
+      raise NotImplementedError(f'a mask of {kind} is not supported')
+  return options
+
+
+def _sees_some(mask, num_query, num_key):
+  """[*b, q]: whether any key is seen; bands and lengths leave an interval."""
+  queries = jnp.arange(num_query)
+  low, high, seen = 0, num_key - 1, True
+  for condition in mask.conditions:
+    if isinstance(condition, Band):
+      if condition.low is not None:
+        low = jnp.maximum(low, queries + condition.low)
+      high = jnp.minimum(high, queries + condition.high)
+    else:
+      if condition.key_lengths is not None:
+        lengths = jnp.asarray(condition.key_lengths)[..., None]
+        high = jnp.minimum(high, lengths - 1)
+      if condition.query_lengths is not None:
+        lengths = jnp.asarray(condition.query_lengths)[..., None]
+        seen = seen & (queries < lengths)
+  return seen & (low <= high)

@@ -1,0 +1,173 @@
+"""How attention is cut where XLA cuts a program for several devices.
+
+XLA can't cut a kernel: it would gather its operands on every device. Batch axes
+and heads need no exchange, so that each device computes its own share; only
+gradients of what several rows share, such as a pair bias, are added up. The
+compiler of TPUs has no such hook: see `platforms.CUT_FOR_TPUS`.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import NamedSharding, PartitionSpec
+
+from attention.ops.biases import Relative
+
+_leaves = jax.tree.leaves
+
+
+def run(function, gradients: bool, *arguments):
+  """function(*arguments), each device with its share.
+
+  Args:
+    function: of (query, key, value, call, *others), and returns arrays that
+      are laid out as those; no arrays but its arguments.
+    gradients: whether it returns those of query, key, value and call, instead
+      of [*b, q, h, e] and two of [*b, q, h].
+    *arguments: of the function; others are [*b, q, h, …].
+  """
+  leaves, tree = jax.tree.flatten(arguments)
+
+  @jax.jit  # which holds the constants that `custom_partitioning` refuses
+  def flat(*leaves):
+    return _leaves(function(*jax.tree.unflatten(tree, leaves)))
+
+  shapes = jax.eval_shape(function, *arguments)
+  names = _names(arguments, gradients)
+
+  def partition(mesh, infos, _):
+    cut = _cut(mesh, infos, *names[0][:2])
+
+    def share(*leaves):
+      arguments = list(jax.tree.unflatten(tree, leaves))
+      arguments[3] = _own_dropout(arguments[3], cut)
+      results = _leaves(function(*arguments))
+      return [
+        _add_up(x, n, cut) for x, n in zip(results, names[1], strict=True)
+      ]
+
+    results, inputs = (
+      [NamedSharding(mesh, PartitionSpec(*map(cut.get, n))) for n in of]
+      for of in (names[1], names[0])
+    )
+    return mesh, share, results, tuple(inputs)
+
+  whole = custom_partitioning(flat)
+  query, key = arguments[:2]
+  rule, special = _rule(names, query.shape[-2], key.shape[-2])
+  whole.def_partition(partition, sharding_rule=rule, **special)
+  mapped = jax.custom_batching.custom_vmap(whole)
+
+  @mapped.def_vmap
+  def _(size, is_mapped, *leaves):
+    dims = [0 if m else None for m in is_mapped]
+    results = jax.vmap(flat, dims, axis_size=size)(*leaves)
+    return results, [True] * len(results)
+
+  return jax.tree.unflatten(jax.tree.structure(shapes), mapped(*leaves))
+
+
+def _names(arguments, gradients):
+  """(of arguments, of results): a name an axis, None for those left whole.
+
+  Names are 'b0', 'b1', … of the batch, 'h' of heads and 'g' of key heads; a
+  single key head is left whole.
+  """
+  query, key, _, options, *others = arguments
+  batch = [f'b{i}' for i in range(query.ndim - 3)]
+  sizes = dict(
+    zip((*batch, 'h'), (*query.shape[:-3], query.shape[-2]), strict=True)
+  )
+
+  def of(x, *last):
+    """Names of axes that broadcast to the batch and what comes after it."""
+    shape = jnp.shape(x)
+    named = (*batch, *last)[len(batch) + len(last) - len(shape) :]
+    return tuple(
+      n if sizes.get(n) == size > 1 else None
+      for n, size in zip(named, shape, strict=True)
+    )
+
+  def of_bias(x):
+    if not isinstance(options.bias, Relative):
+      return of(x, 'h', None, None)
+    return (None,) * (x.ndim - 1) + of(x[(0,) * (x.ndim - 1)], 'h')
+
+  group = 'g' if key.shape[-2] > 1 else None
+  heads, groups = ((*batch, None, n, None) for n in ('h', group))
+  after = {0: (), 1: (None,), 3: ('h', None, None)}
+  conditions = () if options.mask is None else options.mask.conditions
+  masks = [of(x, *after[c.trailing]) for c in conditions for x in _leaves(c)]
+  bias = [of_bias(x) for x in _leaves(options.bias)]
+  sinks = [of(x, 'h') for x in _leaves(options.sinks)]
+  dropout = [(None,) * jnp.ndim(x) for x in _leaves(options.dropout)]
+  vector = [(*of(x[:, 0], 'h'), None) for x in _leaves(options.vector)]
+  inputs = [heads, groups, groups, *bias, *masks, *sinks, *dropout, *vector]
+  inputs += [heads[: x.ndim] for x in others]
+  if gradients:
+    return inputs, [heads, groups, groups, *bias, *sinks, *vector]
+  return inputs, [heads, heads[:-1], heads[:-1]]
+
+
+def _rule(names, num_heads, num_groups):
+  """The names as a sharding rule of Shardy's, and its special factors."""
+  shared = num_heads // num_groups
+  words, special = {}, {}
+  if shared == 1:
+    words['h'] = 'g' if num_groups > 1 else 'h'
+  elif num_groups > 1:
+    words['h'], special['s'] = '(g s)', shared
+  lone = []
+
+  def word(name):
+    if name is None:
+      lone.append(f'x{len(lone)}')
+      return lone[-1]
+    return words.get(name, name)
+
+  inputs, results = (
+    ', '.join(' '.join(map(word, n)) for n in each) for each in names
+  )
+  special['need_replication_factors'] = tuple(lone)
+  return f'{inputs} -> {results}', special
+
+
+def _cut(mesh, infos, query_names, key_names):
+  """Axes of the mesh by name: those along which query and key are cut."""
+  cut = {}
+  for info, names in zip(infos, (query_names, key_names), strict=False):
+    spec = getattr(info.sharding, 'spec', ())
+    for name, axes, size in zip(names, spec, info.shape, strict=False):
+      axes = (axes,) if isinstance(axes, str) else tuple(axes or ())
+      count = math.prod(mesh.shape[a] for a in axes)
+      if name and axes and size % count == 0:
+        cut[name] = axes
+  if 'g' in key_names:  # query heads go with theirs
+    cut['h'] = cut['g'] = cut.get('g', ())
+  return {name: axes for name, axes in cut.items() if axes}
+
+
+def _add_up(x, names, cut):
+  """The sum over the devices that have a share of it."""
+  if not names:
+    return x
+  there = {'h' if n == 'g' else n for n in names}
+  axes = [a for n, of in cut.items() if n != 'g' and n not in there for a in of]
+  if not axes:
+    return x
+  return jax.lax.psum(x.astype(jnp.float32), tuple(axes)).astype(x.dtype)
+
+
+def _own_dropout(options, cut):
+  """The call, of which each device drops weights of its own."""
+  axes = tuple(a for n, of in cut.items() if n != 'g' for a in of)
+  if options.dropout is None or not axes:
+    return options
+  number = jax.lax.axis_index(axes).astype(jnp.uint32)
+  seed = options.dropout.seed + number * jnp.uint32(0x9E3779B9)
+  return dataclasses.replace(
+    options, dropout=dataclasses.replace(options.dropout, seed=seed)
+  )

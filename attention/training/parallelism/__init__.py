@@ -1,0 +1,1 @@
+"""Parallelism: device meshes, shardings and processes on several hosts."""

@@ -1,0 +1,1 @@
+"""Reports about a run or model: console, TensorBoard, profiles and costs."""

@@ -1,0 +1,78 @@
+"""FLOPs of a training step, and their share of a device's peak."""
+
+import math
+
+import jax
+
+from attention.ops import platforms
+
+# Peak FLOP/s of dense bfloat16 matrix products, from the vendors' data sheets.
+_PEAKS = {
+  'NVIDIA A100': 312e12,
+  'NVIDIA H100': 989e12,
+  'NVIDIA H200': 989e12,
+  'TPU v4': 275e12,
+  'TPU v5 lite': 197e12,
+  'TPU v5p': 459e12,
+  'TPU v6 lite': 918e12,
+}
+
+
+def count_step(task, batch) -> int:
+  """Model FLOPs of a training step: those of its matrix products.
+
+  The gradient of a product takes two more products, so a step costs three times
+  its loss. Rematerialisation does not count (Chowdhery et al. 2022, "PaLM",
+  appendix B).
+  """
+  params = jax.eval_shape(task.init, jax.random.key(0))
+  program = jax.make_jaxpr(task.loss)(params, jax.random.key(0), batch)
+  return 3 * _count(program.jaxpr)
+
+
+def _count(jaxpr):
+  total = 0
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == 'dot_general':
+      total += _of_product(equation)
+      continue
+    if found := platforms.find(equation):
+      total += _of_attention(*found)
+      continue
+    times = equation.params.get('length', 1)  # of a scan
+    inner = jax.tree.leaves(
+      list(equation.params.values()), is_leaf=lambda x: _jaxpr(x) is not None
+    )
+    counts = [_count(_jaxpr(x)) for x in inner if _jaxpr(x) is not None]
+    if equation.primitive.name == 'cond':
+      counts = [max(counts)]
+    total += times * sum(counts)
+  return total
+
+
+def _of_attention(method, shapes, times):
+  """Products of queries with keys and of weights with values, unmasked."""
+  query, key, value, *_ = shapes
+  forward = 2 * math.prod(query[:-1]) * key[-3] * (query[-1] + value[-1])
+  return times * forward * (1 if method == 'forward' else 2)
+
+
+def _jaxpr(x):
+  x = getattr(x, 'jaxpr', x)
+  return x if hasattr(x, 'eqns') else None
+
+
+def _of_product(equation):
+  left = equation.invars[0].aval.shape
+  (contracted, _), _ = equation.params['dimension_numbers']
+  shape = equation.outvars[0].aval.shape
+  return 2 * math.prod(shape) * math.prod(left[axis] for axis in contracted)
+
+
+def utilisation(flops_per_second: float, mesh) -> float | None:
+  """The share of a mesh's peak FLOP/s, or None for an unlisted device."""
+  kind = mesh.devices.flat[0].device_kind
+  for name, peak in _PEAKS.items():
+    if kind.startswith(name):
+      return flops_per_second / (peak * mesh.size)
+  return None

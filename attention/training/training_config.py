@@ -1,0 +1,103 @@
+"""What config.training says: how long a run is, and how it is run."""
+
+import dataclasses
+import difflib
+
+from attention.training.optimization import precision
+
+_POSITIVE = (
+  'steps',
+  'log_every',
+  'eval_every',
+  'checkpoint_every',
+  'num_kept',
+  'max_bad_steps',
+  'num_microbatches',
+  'cpu_devices',
+)
+
+
+def _mesh():
+  return {'data': -1, 'fsdp': 1, 'tensor': 1}  # see sharding.make_mesh
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+  """The keys of config.training, with what they are where a config has none.
+
+  A change of those in `FREE` changes no number of a run, but for its length:
+  a run may go on with others.
+  """
+
+  steps: int
+  log_every: int  # in steps, as the next two
+  eval_every: int
+  checkpoint_every: int
+  num_kept: int = 3  # checkpoints, the newest ones; the best stays as well
+  cpu_devices: int = 1  # virtual ones that share a batch
+  mesh: dict = dataclasses.field(default_factory=_mesh)
+  max_bad_steps: int = 5  # in a row, of losses or gradients not finite
+  precision: str = ''  # 'params=float32,compute=bfloat16,output=float32'
+  deterministic: bool = False  # on GPU, the same bits in every run; slower
+  tensorboard: bool = True  # tb/, where tensorboardX is installed
+  num_microbatches: int = 1  # parts of a batch, whose gradients are added up
+
+  FREE = (
+    'steps',
+    'log_every',
+    'eval_every',
+    'checkpoint_every',
+    'num_kept',
+    'cpu_devices',
+    'mesh',
+    'max_bad_steps',
+    'tensorboard',
+  )
+
+  def __post_init__(self):
+    for key in _POSITIVE:
+      if (value := getattr(self, key)) < 1:
+        raise ValueError(f'training.{key}: expected 1 or more, got {value}')
+    precision.parse(self.precision)
+    unknown = self.mesh.keys() - _mesh()
+    if unknown:
+      raise ValueError(
+        f'training.mesh.{min(unknown)}: no such axis; there are data, fsdp '
+        'and tensor'
+      )
+
+  @classmethod
+  def create(cls, training: dict) -> 'TrainingConfig':
+    """From config.training, as a dict.
+
+    Raises:
+      ValueError: an unknown or missing key, or a value out of range.
+    """
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for key in training:
+      if key not in fields:
+        near = difflib.get_close_matches(key, fields, n=1)
+        hint = f'; did you mean {near[0]!r}?' if near else ''
+        raise ValueError(f'training.{key}: no such key{hint}')
+    for key in fields:
+      if key not in training and key not in cls.defaults():
+        raise ValueError(f'training.{key}: missing; set it in the config')
+    return cls(**training)
+
+  @classmethod
+  def defaults(cls) -> dict:
+    """What keys are where a config doesn't name them."""
+    found = {}
+    for field in dataclasses.fields(cls):
+      if field.default is not dataclasses.MISSING:
+        found[field.name] = field.default
+      elif field.default_factory is not dataclasses.MISSING:
+        found[field.name] = field.default_factory()
+    return found
+
+  @classmethod
+  def complete(cls, training) -> None:
+    """Adds to a config's `training` the keys that it doesn't name."""
+    for key, value in cls.defaults().items():
+      if key not in training:
+        training[key] = value

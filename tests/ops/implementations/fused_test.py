@@ -1,0 +1,182 @@
+"""Kernels of `fused`, interpreted on a CPU, against the reference."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import attention
+from attention import Mask
+from attention.ops import biases
+from attention.ops.arguments import check
+from attention.ops.implementations import reference
+from attention.ops.implementations.dispatch import dispatch
+from attention.ops.implementations.fused import Tpu, Triton
+from attention.ops.implementations.fused.tile import dot
+from attention.ops.platforms import default_platform
+
+pytestmark = pytest.mark.usefixtures('exact_products')
+B, H, G, D, E = (2, 3), 4, 2, 8, 20
+# With queries and keys that fill several blocks, the last in part.
+KINDS = {
+  'cuda': (Triton(), 37, 70),
+  'tpu': (Tpu(most=128), 150, 290),
+}
+_TABLE = np.random.default_rng(0).normal(size=(8, H)).astype('f')
+
+
+def _cases(q, k):
+  """Arguments by name; shapes of biases and sinks stand for arrays."""
+  rng = np.random.default_rng(0)
+  lengths = np.array([[0, 4, k], [k // 2, 17, 3]])
+  segments = [np.sort(rng.integers(0, 4, (*B, n))) for n in (q, k)]
+  return {
+    'plain': dict(),
+    'causal': dict(is_causal=True),
+    'window': dict(mask=Mask.window(3, 1)),
+    'offsets': dict(mask=Mask.causal(lengths - 8)),
+    'lengths': dict(mask=Mask.lengths(lengths[::-1], lengths)),
+    'numbers': dict(mask=Mask.lengths(q - 3, k - 5) & Mask.prefix(k // 3)),
+    'key_lengths': dict(mask=Mask.lengths(key_lengths=lengths)),
+    'segments': dict(mask=Mask.segments(*segments)),
+    'prefix': dict(mask=Mask.prefix(lengths)),
+    'dense': dict(mask=rng.random((2, 1, H, q, k)) < 0.3),
+    'square': dict(mask=rng.random((q, k)) < 0.3, is_causal=True),
+    'keys': dict(mask=rng.random((*B, 1, 1, k)) < 0.3),
+    'bias': dict(bias=(H, q, k)),
+    'bias_causal': dict(bias=(H, q, k), is_causal=True),
+    'bias_full': dict(bias=(*B, H, q, k)),
+    'bias_some_rows': dict(bias=(2, 1, H, q, k)),
+    'bias_other_rows': dict(bias=(1, 3, 1, 1, k)),
+    # Without sinks, no gradient: a softmax ignores what all keys have.
+    'bias_queries': dict(bias=(1, 1, H, q, 1), sinks=(H,)),
+    'bias_number': dict(bias=(1, 1, 1, 1, 1), sinks=(H,)),
+    'alibi': dict(bias=biases.alibi(H), is_causal=True),
+    'alibi_of_one_head': dict(bias=biases.alibi(1)),
+    'buckets': dict(bias=biases.relative_buckets(_TABLE, 8, 20)),
+    'sinks': dict(sinks=(H,), is_causal=True),
+    'cap': dict(logit_cap=0.7, bias=(H, q, k)),
+    'dropout': dict(
+      dropout_rate=0.3, dropout_rng=jax.random.key(1), bias=(H, q, k)
+    ),
+  }
+
+
+CASES = tuple(_cases(2, 2))
+
+
+def _arguments(case, q, k, dtype='float32', d=D, e=E):
+  keys = iter(jax.random.split(jax.random.key(0), 9))
+
+  def normal(*shape):
+    return jax.random.normal(next(keys), shape).astype(dtype)
+
+  arguments = {
+    name: normal(*x) if name in ('bias', 'sinks') and type(x) is tuple else x
+    for name, x in _cases(q, k)[case].items()
+  }
+  qkv = normal(*B, q, H, d), normal(*B, k, G, d), normal(*B, k, G, e)
+  return check(*qkv, **arguments), normal(*B, q, H, e)
+
+
+def _kernels(kind):
+  """Kernels of that platform, and how many queries and keys."""
+  kernels, q, k = KINDS[kind]
+  here = default_platform()
+  if here not in ('cpu', kind):
+    pytest.skip(f'kernels for {kind!r}, where there is {here!r}')
+  return dataclasses.replace(kernels, interpret=here == 'cpu'), q, k
+
+
+def _gradients(attend, checked, cotangent):
+  query, key, value, options = checked
+  floats = (query, key, value, options.bias, options.sinks)
+
+  def function(query, key, value, bias, sinks):
+    new = type(options)(**{**vars(options), 'bias': bias, 'sinks': sinks})
+    return attend(query, key, value, new)
+
+  output, vjp = jax.vjp(function, *floats)
+  return jax.tree.leaves((output, vjp(cotangent)))
+
+
+def _run(attend, *arguments):
+  return jax.jit(lambda *a: _gradients(attend, *a))(*arguments)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('case', CASES)
+def test_values_and_gradients_are_the_references(case, kind, assert_close):
+  kernels, q, k = _kernels(kind)
+  arguments = _arguments(case, q, k)
+  got = _run(kernels, *arguments)
+  expected = _run(reference.attention, *arguments)
+  assert len(got) == len(expected)
+  # A gradient that all queries and keys add up to is small beside its terms.
+  scale = {'bias_queries': 10, 'bias_number': 100}.get(case, 1)
+  for x, y in zip(got, expected, strict=True):
+    assert_close(x, y, scale=scale)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize(
+  ('dtype', 'sizes'),
+  [('float32', (24, 256)), ('bfloat16', (256, 16)), ('float16', (8, 8))],
+)
+def test_head_sizes_and_dtypes(kind, dtype, sizes, assert_close):
+  kernels, q, k = _kernels(kind)
+  if kind == 'tpu' and dtype == 'float16':
+    pytest.skip('TPUs have no float16')
+  arguments = _arguments('bias_causal', q, k, dtype, *sizes)
+  got = _run(kernels, *arguments)
+  expected = _run(reference.attention, *arguments)
+  for x, y in zip(got, expected, strict=True):
+    assert x.dtype == y.dtype
+    assert_close(x, y)
+
+
+@pytest.mark.parametrize(
+  ('changed', 'reason'),
+  [
+    (dict(dtype='float16'), 'expected float32 or bfloat16, got float16'),
+    (dict(q=1), '64 queries and keys or more'),
+    (dict(mask=Mask.lengths(None, np.ones(70_000, int))), '65536 numbers'),
+    (dict(d=264), 'at most 256 channels'),
+    (dict(), None),
+  ],
+)
+def test_tpu_kernels_say_what_they_do_not_compute(changed, reason):
+  options = dict(dtype='bfloat16', q=64, d=16, mask=None) | changed
+  rows, dtype = 70_000, options['dtype']
+  q = jax.ShapeDtypeStruct((rows, options['q'], 1, options['d']), dtype)
+  k = jax.ShapeDtypeStruct((rows, 64, 1, options['d']), dtype)
+  told = attention.explain(
+    q, k, k, mask=options['mask'], platform='tpu', implementation='fused'
+  )
+  assert told[0][1] == 'chosen' if reason is None else reason in told[0][1]
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_the_default_precision_is_that_of_float32_alone(dtype):
+  x = jnp.ones((8, 8), dtype)
+  with jax.default_matmul_precision('highest'):
+    products = jax.make_jaxpr(lambda x: dot(x, x, (1, 1)))(x)
+  assert ('HIGHEST' in str(products)) == (dtype == 'float32')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('platform', ['cuda', 'tpu'])
+@pytest.mark.parametrize('case', CASES)
+def test_values_and_gradients_lower_for_the_device(case, platform, a_gpu):
+  checked, cotangent = _arguments(case, 150, 290, 'bfloat16')
+
+  def attend(*checked):
+    return dispatch('fused', *checked)
+
+  with a_gpu():
+    function = jax.jit(lambda *a: _gradients(attend, *a))
+    traced = function.trace(checked, cotangent)
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+  assert text.count('attention_key_kernel') > 0

@@ -1,0 +1,197 @@
+"""Stops, kills and disks, in processes of their own: docs/reliability.md."""
+
+import json
+import os
+import random
+import resource
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from attention.training.workdir import metrics
+from attention.training.workdir.checkpoints import Checkpoints
+
+
+@pytest.fixture
+def train(text, tmp_path, python):
+  """train(name, *words): starts train.py at :debug in the workdir `name`."""
+
+  def start(name, *words, steps=400):
+    return python(
+      'train.py',
+      '--config=configs/gpt_char.py:debug',
+      f'--config.data.path={text}',
+      f'--workdir={tmp_path / name}',
+      f'--config.training.steps={steps}',
+      '--config.training.checkpoint_every=70',
+      '--config.training.eval_every=150',
+      *words,
+    )
+
+  return start
+
+
+def _finish(process):
+  said, error = process.communicate(timeout=1_200)
+  assert process.returncode == 0, error
+  return said
+
+
+def _state(workdir):
+  """(step, {part: bytes of its leaves}) of the newest checkpoint."""
+  import jax
+
+  checkpoints = Checkpoints(workdir / 'checkpoints')
+  step = checkpoints.latest_step()
+  leaves = jax.tree_util.tree_leaves_with_path(checkpoints.restore_all(step))
+  checkpoints.close()
+  return step, {
+    jax.tree_util.keystr(path): np.asarray(leaf).tobytes()
+    for path, leaf in leaves
+  }
+
+
+def _figures(workdir):
+  """What a run measured, but for times."""
+  return [
+    {k: v for k, v in line.items() if 'second' not in k}
+    for line in metrics.read(workdir / 'metrics.jsonl')
+  ]
+
+
+def _wait_for(process, word):
+  """Reads what a process says up to a line with that word."""
+  for line in process.stdout:
+    if word in line:
+      return
+  raise AssertionError(f'it ended without {word!r}: {process.communicate()}')
+
+
+def _wait_until(condition, process, seconds=200):
+  end = time.monotonic() + seconds
+  while not condition():
+    assert process.poll() is None, process.communicate()
+    assert time.monotonic() < end, 'took too long'
+    time.sleep(0.005)
+
+
+_MOMENTS = {
+  # name: (words that make the moment long, how it begins)
+  'compiling': ([], 'compiling'),
+  'evaluating': (['--config.training.eval_every=1'], 'step 2/'),
+  'saving': (['--config.training.checkpoint_every=1'], 'step 1/'),
+}
+
+
+def _check_stop(train, tmp_path, moment):
+  words, word = _MOMENTS[moment]
+  stopped = train(moment, *words, steps=40)
+  _wait_for(stopped, word)
+  stopped.send_signal(signal.SIGTERM)
+  said = _finish(stopped)
+  assert 'stopped by SIGTERM at step' in said
+  assert f'--workdir={tmp_path / moment}' in said.split('the same command')[1]
+  workdir = tmp_path / moment
+  lines = _figures(workdir)
+  if moment == 'compiling':
+    assert not lines
+  else:
+    step, _ = _state(workdir)
+    assert lines[-1]['step'] == step < 40
+  return workdir, words
+
+
+@pytest.mark.parametrize('moment', ['compiling', 'evaluating'])
+def test_sigterm_is_heeded_at_any_moment(train, tmp_path, moment):
+  _check_stop(train, tmp_path, moment)
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_a_compilation_at_once(train, number):
+  words = ['--config.model.num_layers=40', '--config.model.num_heads=4']
+  process = train('run', *words)
+  _wait_for(process, 'compiling')
+  time.sleep(1)
+  clock = time.monotonic()
+  process.send_signal(number)
+  time.sleep(0.5)
+  process.send_signal(number)
+  assert process.wait(timeout=60) == 128 + number
+  assert time.monotonic() - clock < 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('moment', _MOMENTS)
+def test_a_stopped_run_ends_as_one_never_stopped(train, tmp_path, moment):
+  workdir, words = _check_stop(train, tmp_path, moment)
+  _finish(train(moment, *words, steps=40))
+  _finish(train('whole', *words, steps=40))
+  assert _state(workdir) == _state(tmp_path / 'whole')
+  assert _figures(workdir) == _figures(tmp_path / 'whole')
+
+
+@pytest.mark.slow
+def test_twenty_kills_change_no_byte(train, tmp_path):
+  # Evaluations are what takes long; the last one is enough.
+  words, steps = ['--config.training.eval_every=8000'], 8_000
+  _finish(train('whole', *words, steps=steps))
+  chance, kills, attempts = random.Random(0), 0, 0
+  workdir = tmp_path / 'killed'
+  while kills < 20 and attempts < 60:
+    attempts += 1
+    process = train('killed', *words, steps=steps)
+    _wait_for(process, 'compiling')
+    time.sleep(chance.uniform(0.2, 3.0))
+    is_live = process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    lines = _figures(workdir)
+    if not is_live or (lines and lines[-1]['step'] >= steps):
+      break
+    kills += 1
+  print(f'{kills} kills, the last at step {lines[-1]["step"] if lines else 0}')
+  _finish(train('killed', *words, steps=steps))
+  assert _state(workdir) == _state(tmp_path / 'whole')
+  assert _figures(workdir) == _figures(tmp_path / 'whole')
+  assert kills == 20
+
+
+def test_a_full_disk_is_warned_of_and_training_goes_on(train, tmp_path):
+  process, workdir = train('full'), tmp_path / 'full'
+  _wait_until(lambda: (workdir / 'checkpoints' / '70').exists(), process)
+  # No file may grow beyond 100 bytes from now on, as on a full disk.
+  resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100, 100))
+  said, error = process.communicate(timeout=300)
+  assert process.returncode == 0, error
+  assert 'step 400/400' in said
+  assert 'could not be written' in said
+  assert 'Traceback' not in error
+  step, _ = _state(workdir)
+  assert 70 <= step < 400
+  said = _finish(train('full'))
+  assert f'resumed from step {step}' in said
+  assert _state(workdir)[0] == 400
+  evaluated = [x['step'] for x in _figures(workdir) if 'eval/loss' in x]
+  assert evaluated == [150, 300, 400]
+
+
+def test_the_second_run_in_a_workdir_is_refused(train, tmp_path):
+  first = train('shared', steps=100_000)
+  _wait_for(first, 'compiling')
+  second = train('shared', steps=100_000)
+  error = second.communicate(timeout=100)[1]
+  assert second.returncode == 2
+  assert error.count('\n') == 1
+  assert f'process {first.pid} on {os.uname().nodename} runs here' in error
+  first.kill()
+
+
+def test_a_workdir_holds_only_what_a_run_leaves(train, tmp_path):
+  _finish(train('run', '--config.training.tensorboard=False', steps=20))
+  assert sorted(p.name for p in (tmp_path / 'run').iterdir()) == [
+    'checkpoints', 'config.json', 'data.json', 'env.json', 'lock',
+    'metrics.jsonl', 'plots', 'samples',
+  ]  # fmt: skip
+  json.loads((tmp_path / 'run' / 'config.json').read_text())

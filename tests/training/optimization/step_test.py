@@ -1,0 +1,145 @@
+"""Steps: parts of a batch add up, numbers that aren't finite are kept out."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from attention.training.optimization import nonfinite, precision
+from attention.training.optimization.step import Step
+from attention.training.parallelism import sharding
+from attention.training.training_config import TrainingConfig
+
+_BASE = dict(steps=10, log_every=1, eval_every=1, checkpoint_every=1)
+
+
+class _Regression:
+  """A straight line through points, of which some do not count."""
+
+  batch_size = 12
+
+  def __init__(self, dtype=jnp.float32):
+    self._dtype = dtype
+
+  def init(self, rng):
+    w = jax.random.normal(rng, (5, 3))
+    return {'line': {'w': w, 'b': jnp.zeros(3)}}
+
+  def loss(self, params, rng, batch):
+    line = jax.tree.map(lambda x: x.astype(self._dtype), params['line'])
+    y = batch['x'].astype(self._dtype) @ line['w'] + line['b'] * batch['poison']
+    error = jnp.square(y.astype(jnp.float32) - batch['y']).sum(-1)
+    return jnp.where(batch['mask'], error, 0).sum(), batch['mask'].sum()
+
+  def batch(self, n, poison=1.0):
+    chance = np.random.default_rng(n)
+    return {
+      'x': chance.normal(size=(12, 5)).astype('f'),
+      'y': chance.normal(size=(12, 3)).astype('f'),
+      'mask': np.arange(12) < 7,
+      'poison': np.full((12, 1), poison, 'f'),
+    }
+
+
+def _step(mesh_of=1, task=None, **settings):
+  task = task or _Regression()
+  optimizer = optax.adam(0.1)
+  mesh = sharding.make_mesh(mesh_of)
+  return task, Step(
+    task, optimizer, lambda n: 0.1, 3, mesh, TrainingConfig(**_BASE, **settings)
+  )
+
+
+def _run(poisons, **settings):
+  """(state, [metrics]) after a step for each poison."""
+  task, step = _step(**settings)
+  state, measured = step.init(), []
+  for n, poison in enumerate(poisons):
+    batch = step.place(task.batch(n, poison))
+    program = step.compile(batch).result()
+    state, values = step.run(program, state, batch, n)
+    measured.append(jax.tree.map(np.asarray, values))
+  return state, measured
+
+
+@pytest.mark.parametrize('parts', [2, 3, 6])
+def test_micro_batches_add_up_to_the_whole(parts, assert_close):
+  whole, measured = _run([1.0] * 4)
+  state, again = _run([1.0] * 4, num_microbatches=parts)
+  for one, two in zip(measured, again, strict=True):
+    assert_close(two['train/loss'], one['train/loss'])
+    assert_close(two['train/grad_norm'], one['train/grad_norm'])
+  jax.tree.map(assert_close, state['params'], whole['params'])
+
+
+def test_a_batch_of_which_nothing_counts_gives_zero():
+  task, step = _step()
+  batch = task.batch(0) | {'mask': np.zeros(12, bool)}
+  batch = step.place(batch)
+  program = step.compile(batch).result()
+  state, values = step.run(program, step.init(), batch, 0)
+  assert values['train/loss'] == values['train/grad_norm'] == 0
+  assert np.isfinite(state['params']['line']['w']).all()
+
+
+def test_bad_steps_change_nothing_and_are_counted():
+  clean, _ = _run([1.0])
+  state, measured = _run([1.0, np.nan, np.inf])
+  for part in ('params', 'optimizer'):
+    jax.tree.map(np.testing.assert_array_equal, state[part], clean[part])
+  assert [int(m['train/bad_steps']) for m in measured] == [0, 1, 2]
+  assert nonfinite.Bad(*measured[-1]['bad'].tolist()) == (2, 2, 2, 0)
+  _, measured = _run([np.nan, 1.0, 1.0, np.nan])
+  assert [m['bad'][1] for m in measured] == [1, 0, 0, 1]
+  assert nonfinite.Bad(*measured[-1]['bad'].tolist()) == (2, 1, 4, 0)
+  assert np.isfinite(measured[2]['train/loss'])
+
+
+def test_the_watch_warns_and_then_stops_by_name():
+  said = []
+  params = {'gpt/line': {'b': 0, 'w': 0}}
+  watch = nonfinite.Watch(params, 3, said.append)
+  watch.note(np.array([0, 0, 0, -1]))
+  watch.note(np.array([1, 1, 7, 1]))
+  assert not said
+  watch.note(np.array([2, 2, 7, 1]))
+  assert said == [
+    'warning: the gradient of gpt/line/w is not finite at step 7: skipped '
+    '(1 in a row, 1 in all)'
+  ]
+  watch.note(np.array([3, 3, 7, 1]))
+  with pytest.raises(
+    nonfinite.NotFinite, match='from step 7 on, 3 steps .* of gpt/line/w is not'
+  ):
+    watch.flush()
+
+
+def test_the_loss_scale_falls_until_float16_holds_the_gradients(assert_close):
+  policy = 'params=float32,compute=float16,output=float32'
+  task = _Regression(jnp.float16)
+  state, scaled = _run([30.0] * 12, task=task, precision=policy)
+  good = [np.isfinite(m['train/grad_norm']) for m in scaled]
+  first = good.index(True)
+  assert first > 0
+  assert 1 <= state['guard']['scale'] == 2.0 ** (15 - good.count(False))
+  assert not state['guard']['bad'][0]  # too large a scale is no bad step
+  # Nothing has changed until then: the gradient is that of the start.
+  exact = _Regression()
+  params = exact.init(jax.random.key(3))
+  batch = exact.batch(first, 30.0)
+  grads = jax.grad(lambda p: exact.loss(p, None, batch)[0] / 7)(params)
+  assert_close(
+    scaled[first]['train/grad_norm'], optax.tree.norm(grads), 'float16'
+  )
+  # At the least scale, what isn't finite is a bad step.
+  _, scaled = _run([np.nan] * 3, task=task, precision=policy)
+  assert [m['bad'][0] for m in scaled] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+  'text', ['float33', 'params=float32,compute=int7', '=']
+)
+def test_a_precision_that_is_none_is_refused(text):
+  with pytest.raises(ValueError, match='training.precision: expected such as'):
+    precision.parse(text)

@@ -1,0 +1,149 @@
+"""The same losses on any mesh, and checkpoints that move between them."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh, PartitionSpec
+
+from attention.training.parallelism import sharding
+
+_MESHES = {
+  'one': dict(data=1),
+  'data 8': dict(data=8),
+  'fsdp 8': dict(data=1, fsdp=8),
+  'data 2 × fsdp 2 × tensor 2': dict(data=2, fsdp=2, tensor=2),
+}
+# Trains on each mesh, and goes on from the checkpoint of the mesh before it.
+_TRAIN = """
+import contextlib, json, pathlib, sys
+import jax
+import numpy as np
+jax.config.update('jax_num_cpu_devices', 8)
+from attention.training import command_line, tasks
+from attention.training.optimization import optimizers
+from attention.training.parallelism import sharding
+from attention.training.workdir.checkpoints import Checkpoints
+from attention.training.training_config import Settings
+from attention.training.optimization.step import Step
+
+workdir, steps, meshes = json.loads(sys.argv[1])
+config = command_line.load_config('configs/gpt_char.py:debug')
+config.data.update(path=f'{workdir}/text.txt', batch_size=16)
+settings = Settings.create(config.training.to_dict())
+optimizer, schedule = optimizers.adamw(steps=20, **config.optimizer)
+task = tasks.create(config)
+
+def train(step, state, span):
+  losses = []
+  for n in span:
+    batch = step.place(task.batch(n))
+    program = step.compile(batch).result()
+    state, values = step.run(program, state, batch, n)
+    losses.append(float(values['train/loss']))
+  return losses, state
+
+results, before = {}, None
+for name, axes in meshes.items():
+  mesh = sharding.make_mesh(16, **axes)
+  step = Step(task, optimizer, schedule, 0, mesh, settings)
+  half = steps // 2
+  first, state = train(step, step.init(), range(half))
+  leaves = jax.tree.leaves(state)
+  held = sum(x.addressable_shards[0].data.nbytes for x in leaves)
+  whole = sum(x.nbytes for x in leaves)
+  checkpoints = Checkpoints(pathlib.Path(workdir) / name, 1)
+  with contextlib.closing(checkpoints):
+    checkpoints.save(half, state)
+  second, _ = train(step, state, range(half, steps))
+  results[name] = {'losses': first + second, 'held': held / whole}
+  if before:
+    checkpoints = Checkpoints(pathlib.Path(workdir) / before)
+    with contextlib.closing(checkpoints):
+      state = checkpoints.restore(half, step.like)
+    results[name]['moved'] = train(step, state, range(half, steps))[0]
+  before = name
+print(json.dumps(results))
+"""
+
+
+def _train(python, text, steps, meshes):
+  words = json.dumps([str(text.parent), steps, meshes])
+  said, error = python('-c', _TRAIN, words).communicate(timeout=900)
+  assert said, error
+  results = json.loads(said)
+  whole = np.array(results['one']['losses'])
+  assert len(whole) == steps
+  for result in results.values():
+    np.testing.assert_allclose(result['losses'], whole, rtol=2e-6)
+    if 'moved' in result:
+      np.testing.assert_allclose(
+        result['moved'], whole[steps // 2 :], rtol=2e-6
+      )
+  return results
+
+
+def test_a_mixed_mesh_trains_as_one_device_and_takes_its_checkpoint(
+  python, text
+):
+  mixed = 'data 2 × fsdp 2 × tensor 2'
+  meshes = {name: _MESHES[name] for name in ('one', mixed)}
+  results = _train(python, text, 6, meshes)
+  assert results['one']['held'] == 1
+  assert results[mixed]['held'] < 0.45
+
+
+@pytest.mark.slow
+def test_all_meshes_give_the_same_losses(python, text):
+  results = _train(python, text, 20, _MESHES)
+  whole = np.array(results['one']['losses'])
+  for name, result in results.items():
+    largest = np.abs(np.array(result['losses']) / whole - 1).max()
+    print(f'{name:30}{largest:.1e}  holds {result["held"]:.0%} of the state')
+  assert results['fsdp 8']['held'] < 0.3
+
+
+def test_heads_and_feed_forward_go_over_tensor_the_rest_over_fsdp():
+  mesh = jax.sharding.AbstractMesh((1, 2, 2), ('data', 'fsdp', 'tensor'))
+  names = {
+    'gpt/block_0/attention/qkv//w': ((6, 18), ('fsdp', 'tensor')),
+    'gpt/block_0/attention/qkv//b': ((18,), ('tensor',)),
+    'gpt/block_0/attention/linear//w': ((6, 10), ('tensor', 'fsdp')),
+    'gpt/block_0/attention/linear//b': ((10,), (None,)),
+    'gpt/block_0/expand//w': ((6, 7), ('fsdp', None)),
+    'gpt/block_0/contract//w': ((24, 6), ('tensor', 'fsdp')),
+    'gpt/tokens//embeddings': ((13, 6), (None, 'fsdp')),
+    'evoformer/attention//query_w': ((6, 4, 3), ('fsdp', 'tensor', None)),
+    'evoformer/attention//output_w': ((4, 3, 8), ('tensor', None, 'fsdp')),
+  }
+  shapes = {}
+  for name, (shape, _) in names.items():
+    module, leaf = name.split('//')
+    x = jax.ShapeDtypeStruct(shape, np.float32)
+    shapes.setdefault(module, {})[leaf] = x
+  state = {'params': shapes, 'optimizer': ({'mu': shapes}, np.int32(0))}
+  placed = sharding.of_state(state, mesh)
+  for name, (_, axes) in names.items():
+    module, leaf = name.split('//')
+    for part in (placed['params'], placed['optimizer'][0]['mu']):
+      assert part[module][leaf].sharding.spec == PartitionSpec(*axes), name
+
+
+@pytest.mark.parametrize(
+  ('axes', 'message'),
+  [
+    (dict(fsdp=0), 'training.mesh.fsdp: expected 1 or more, got 0'),
+    (dict(tensor=999), 'expected at most .* 1 × 1 × 999'),
+    (dict(data=0), 'training.mesh.data: expected 1 or more, or -1'),
+  ],
+)
+def test_a_mesh_that_is_not_there_is_refused(axes, message):
+  with pytest.raises(ValueError, match=message):
+    sharding.make_mesh(16, **axes)
+
+
+def test_data_takes_as_many_devices_as_divide_the_batch():
+  mesh = sharding.make_mesh(7 * len(jax.devices()))
+  assert isinstance(mesh, Mesh)
+  assert mesh.shape == {'data': len(jax.devices()), 'fsdp': 1, 'tensor': 1}

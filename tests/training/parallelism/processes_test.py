@@ -1,0 +1,131 @@
+"""Several processes train one run together, and end together."""
+
+import os
+import signal
+import socket
+import time
+
+import numpy as np
+import pytest
+
+from attention.training.parallelism import processes
+from attention.training.workdir import metrics
+
+
+@pytest.fixture
+def start(text, tmp_path, python):
+  """start(name, num_processes, steps): the processes of one run."""
+
+  def start(name, num_processes, steps):
+    words = [
+      'train.py',
+      '--config=configs/gpt_char.py:debug',
+      f'--config.data.path={text}',
+      f'--workdir={tmp_path / name}',
+      f'--config.training.steps={steps}',
+      '--config.training.log_every=1',
+      f'--config.training.cpu_devices={2 // num_processes}',
+    ]
+    if num_processes == 1:
+      return [python(*words)]
+    with socket.socket() as free:
+      free.bind(('localhost', 0))
+      port = free.getsockname()[1]
+    return [
+      python(
+        *words,
+        f'--coordinator=localhost:{port}',
+        f'--num_processes={num_processes}',
+        f'--process_id={n}',
+      )
+      for n in range(num_processes)
+    ]
+
+  return start
+
+
+def _losses(workdir):
+  lines = metrics.read(workdir / 'metrics.jsonl')
+  return {
+    (line['step'], kind): line[kind]
+    for line in lines
+    for kind in ('train/loss', 'eval/loss')
+    if kind in line
+  }
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_two_devices_of_one(start, tmp_path):
+  for name, num_processes in (('one', 1), ('two', 2)):
+    for process in start(name, num_processes, 30):
+      _, error = process.communicate(timeout=300)
+      assert process.returncode == 0, error
+  one, two = _losses(tmp_path / 'one'), _losses(tmp_path / 'two')
+  assert one.keys() == two.keys()
+  assert len(one) == 32
+  np.testing.assert_allclose(list(two.values()), list(one.values()), rtol=2e-6)
+  # Each can go on from the other's checkpoint.
+  for process in start('two', 1, 35):
+    said, error = process.communicate(timeout=300)
+    assert 'resumed from step 30' in said, error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('killed', [0, 1])
+def test_with_one_process_killed_the_other_says_so_and_ends(
+  start, tmp_path, killed
+):
+  processes = start('run', 2, 100_000)
+  while not _losses(tmp_path / 'run'):
+    assert all(p.poll() is None for p in processes)
+    time.sleep(0.1)
+  began = time.monotonic()
+  processes[killed].send_signal(signal.SIGKILL)
+  _, error = processes[1 - killed].communicate(timeout=90)
+  seconds = time.monotonic() - began
+  print(f'ended after {seconds:.1f} s')
+  assert seconds < 60
+  assert processes[1 - killed].returncode == 1
+  assert 'error: another process of this run has ended' in error
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_all(start, tmp_path):
+  processes = start('run', 2, 100_000)
+  while not _losses(tmp_path / 'run'):
+    assert all(p.poll() is None for p in processes)
+    time.sleep(0.1)
+  processes[1].send_signal(signal.SIGTERM)
+  said, error = processes[0].communicate(timeout=120)
+  assert processes[0].returncode == 0, error
+  assert 'stopped by SIGTERM at step' in said
+  assert processes[1].wait(timeout=60) == 0
+  names = [p.name for p in (tmp_path / 'run' / 'checkpoints').iterdir()]
+  assert str(max(step for step, _ in _losses(tmp_path / 'run'))) in names
+
+
+@pytest.mark.parametrize(
+  ('given', 'message'),
+  [
+    (('host:1', 0, -1), 'expected all three or none'),
+    (('', 2, 0), 'expected all three or none'),
+    (('host:1', 2, 2), '--process_id: expected less than --num_processes=2'),
+  ],
+)
+def test_processes_half_described_are_refused(given, message):
+  with pytest.raises(ValueError, match=message):
+    processes.start(*given)
+
+
+def test_outside_a_cluster_there_is_one_process(monkeypatch):
+  started = []
+  monkeypatch.setattr(
+    processes.jax.distributed, 'initialize', lambda **_: started.append(1)
+  )
+  for name in ('SLURM_STEP_NUM_TASKS', 'JOB_COMPLETION_INDEX'):
+    monkeypatch.delenv(name, raising=False)
+  processes.start('', 0, -1)
+  assert not started
+  monkeypatch.setitem(os.environ, 'SLURM_STEP_NUM_TASKS', '4')
+  processes.start('', 0, -1)
+  assert started

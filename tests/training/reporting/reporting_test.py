@@ -1,0 +1,109 @@
+"""What is seen of a run: work, TensorBoard, traces."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attention.training import command_line, loop, tasks
+from attention.training.parallelism import sharding
+from attention.training.reporting import flops, memory
+from attention.training.reporting.tensorboard import TensorBoard
+from attention.training.workdir import metrics
+
+
+class _Layers:
+  """Three products, of which two stand in a scan."""
+
+  def init(self, rng):
+    return {'first': jnp.zeros((5, 7)), 'rest': jnp.zeros((2, 7, 7))}
+
+  def loss(self, params, rng, batch):
+    x, _ = jax.lax.scan(
+      lambda x, w: (jax.checkpoint(jnp.dot)(x, w), None),
+      batch['x'] @ params['first'],
+      params['rest'],
+    )
+    return x.sum(), 1
+
+
+def test_a_steps_work_is_three_times_its_products():
+  batch = {'x': np.zeros((11, 5), 'f')}
+  forward = 2 * 11 * 5 * 7 + 2 * (2 * 11 * 7 * 7)
+  assert flops.count_step(_Layers(), batch) == 3 * forward
+
+
+@pytest.mark.parametrize(
+  'implementation', [{}, {'model.implementation': 'reference'}]
+)
+def test_a_gpts_work_is_that_of_its_formula(config, implementation):
+  task = tasks.create(config(**implementation))
+  m, layers, t, v = 16, 2, 16, task.vocabulary.size
+  a_token = layers * (12 * m * m + 2 * t * m) + m * v
+  tokens = task.tokens_per_step
+  assert flops.count_step(task, task.batch(0)) == 6 * a_token * tokens
+
+
+def test_utilisation_is_known_where_the_peak_is():
+  mesh = sharding.make_mesh(1)
+  assert flops.utilisation(1e12, mesh) is None
+  assert memory.peak_mib(mesh) is None or memory.peak_mib(mesh) > 0
+
+
+def test_a_run_fills_tensorboard_and_a_trace(config, tmp_path):
+  pytest.importorskip('tensorboardX')
+  from tensorboardX.proto import event_pb2
+
+  settings = config(**{'training.steps': 4, 'training.log_every': 2})
+  loop.prepare(settings, tmp_path / 'run', profile=(1, 3))()
+  (path,) = (tmp_path / 'run' / 'tb').iterdir()
+  seen = {}
+  for event in _events(path.read_bytes(), event_pb2.Event):
+    for value in event.summary.value:
+      seen.setdefault(value.tag, []).append(event.step)
+  for name in ('train/loss', 'train/flops_per_second'):
+    assert seen[name] == [2, 4]
+  assert seen['eval/loss'] == [4]
+  assert seen['loss'] == [4]  # the picture of the curve
+  assert any('sample' in tag for tag in seen)
+  traces = list((tmp_path / 'run' / 'profile').rglob('*.xplane.pb'))
+  assert len(traces) == 1
+  line = metrics.read(tmp_path / 'run' / 'metrics.jsonl')[-2]
+  assert line['train/seconds_per_step'] > 0
+
+
+def _events(content, kind):
+  """The events of a file: length, its checksum, content, its checksum."""
+  while content:
+    size = int.from_bytes(content[:8], 'little')
+    yield kind.FromString(content[12 : 12 + size])
+    content = content[16 + size :]
+
+
+def test_without_tensorboardx_there_is_no_board(tmp_path, monkeypatch):
+  monkeypatch.setitem(__import__('sys').modules, 'tensorboardX', None)
+  board = TensorBoard(tmp_path / 'tb', 0)
+  board.scalars(1, {'a': 1.0})
+  board.sample(1, 'text')
+  board.pictures(1, tmp_path)
+  board.close()
+  assert not (tmp_path / 'tb').exists()
+
+
+def test_every_key_of_training_can_be_set_on_the_command_line(tmp_path):
+  parsed = command_line.parse(
+    [
+      'train.py',
+      '--config=configs/gpt_char.py:debug',
+      '--workdir=x',
+      '--config.training.deterministic=True',
+      '--config.training.mesh.fsdp=2',
+      '--config.training.max_bad_steps=7',
+      '--profile=3:5',
+    ]
+  )
+  training = parsed.config.training
+  assert training.deterministic is True
+  assert training.mesh.to_dict() == {'data': -1, 'fsdp': 2, 'tensor': 1}
+  assert training.max_bad_steps == 7
+  assert parsed.profile == (3, 5)
