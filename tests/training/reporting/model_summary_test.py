@@ -55,7 +55,7 @@ def test_gpt3_takes_seconds_and_little_memory():
     [sys.executable, '-c', script], check=True, capture_output=True, text=True
   )
   seconds, kib = map(float, done.stderr.split()[-2:])
-  assert seconds < 5
+  assert seconds < 10
   assert kib < 2**20
 
 
