@@ -1,4 +1,4 @@
-"""What all tests share."""
+"""Fixtures and settings of all tests."""
 
 import contextlib
 import os
@@ -14,10 +14,13 @@ _TOLERANCES = {'float32': 2e-5, 'bfloat16': 2e-2, 'float16': 4e-3}
 
 
 def pytest_configure(config):
-  """Short tests compile more than they compute: they skip optimisations."""
+  """Skips optimisations: the default tests compile more than they compute."""
   if config.option.markexpr == 'not slow':
-    os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'  # also of subprocesses
+    os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'  # for subprocesses
     jax.config.update('jax_disable_most_optimizations', True)
+    if jax.__version_info__ < (0, 11):  # later XLA has no other emitters
+      flags = os.environ.get('XLA_FLAGS', '')
+      os.environ['XLA_FLAGS'] = f'{flags} --xla_cpu_use_fusion_emitters=false'
 
 
 @pytest.fixture
@@ -43,11 +46,9 @@ def arrays():
   """arrays(shape, …): normal float32 arrays, the same in every test run."""
 
   def make(*shapes, dtype=jnp.float32, seed=0):
-    keys = jax.random.split(jax.random.key(seed), len(shapes))
-    return [
-      jax.random.normal(k, s).astype(dtype)
-      for k, s in zip(keys, shapes, strict=True)
-    ]
+    # NumPy's, as JAX would compile a program for each shape.
+    rng = np.random.default_rng(seed)
+    return [jnp.asarray(rng.normal(size=s), jnp.dtype(dtype)) for s in shapes]
 
   return make
 
