@@ -1,4 +1,4 @@
-"""Faults of numbers, disks and machines, in whole runs: docs/reliability.md."""
+"""Faults of numbers, disks and machines in runs (docs/guides/reliability.md)."""
 
 import jax
 import numpy as np

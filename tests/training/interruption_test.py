@@ -1,4 +1,4 @@
-"""Stops, kills and disks, in processes of their own: docs/reliability.md."""
+"""Stops, kills and disks in subprocesses (docs/guides/reliability.md)."""
 
 import json
 import os
