@@ -1,10 +1,13 @@
-"""Whole models, made of `attention.modules`."""
+"""Whole models, built from `attention.modules`."""
 
+import dataclasses
 import difflib
 
 from attention.models.classifier import Classifier
 from attention.models.gpt import GPT
 from attention.models.translator import Translator
+from attention.modules.fields import check_count
+from attention.modules.multihead import MultiHeadAttention
 
 _MODELS = {'classifier': Classifier, 'gpt': GPT, 'translator': Translator}
 _POSITIVE = (
@@ -16,6 +19,8 @@ _POSITIVE = (
   'vocab_size',
   'num_classes',
 )
+# Fields of MultiHeadAttention that a model sets itself.
+_SET = {'num_heads', 'dropout_rate', 'w_init', 'output_w_init', 'name'}
 
 
 def classes() -> tuple[type, ...]:
@@ -24,25 +29,47 @@ def classes() -> tuple[type, ...]:
 
 
 def create(name: str, **fields):
-  """The model of that name; call it inside `hk.transform`.
+  """Creates a model; call it inside `hk.transform`.
+
+  Command lines cannot give None, so 0 and '' stand for it in optional fields,
+  such as `window` and `implementation`, and in those of `attention`.
 
   Args:
     name: 'classifier', 'gpt' or 'translator'.
-    **fields: of its class.
+    **fields: fields of the model's class.
 
   Raises:
-    ValueError: an unknown model or field (says the nearest), or a size under 1.
+    ValueError: an unknown model or field, with the nearest name, or a size
+      below 1.
   """
   if name not in _MODELS:
     raise ValueError(f'model: expected one of {sorted(_MODELS)}, got {name!r}')
-  known = _MODELS[name].__dataclass_fields__
-  for field in fields:
-    if field not in known:
-      near = difflib.get_close_matches(field, known, n=1)
-      hint = f'; did you mean {near[0]!r}?' if near else ''
-      raise ValueError(f'model.{field}: {name} has no such field{hint}')
+  fields = _complete(_MODELS[name], fields, 'model')
+  if fields.get('attention'):
+    fields['attention'] = _complete(
+      MultiHeadAttention, fields['attention'], 'model.attention', _SET
+    )
   for field in _POSITIVE:
-    size = fields.get(field)
-    if size is not None and size < 1:
-      raise ValueError(f'model.{field}: expected 1 or more, got {size}')
+    check_count(f'model.{field}', fields.get(field))
   return _MODELS[name](**fields)
+
+
+def _complete(cls, values, path, hidden=frozenset()):
+  """The fields with None for 0 and ''; raises ValueError for unknown ones."""
+  known = {
+    field.name: field
+    for field in dataclasses.fields(cls)
+    if field.name not in hidden
+  }
+  for key in values:
+    if key not in known:
+      near = difflib.get_close_matches(key, known, n=1)
+      hint = f'; did you mean {near[0]!r}?' if near else ''
+      owner = cls.__name__ if hidden else cls.__name__.lower()
+      raise ValueError(f'{path}.{key}: {owner} has no such field{hint}')
+  return {
+    key: None
+    if known[key].default is None and value in (0, '') and value is not False
+    else value
+    for key, value in values.items()
+  }

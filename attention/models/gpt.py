@@ -7,57 +7,45 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 
-from attention.modules.layers import Embed, LayerNorm, Linear, add, dropout
+from attention.models.transformer import Transformer
+from attention.modules.layers import Embed, Linear
 from attention.modules.stack import run_blocks
-from attention.modules.transformer import TransformerBlock
 from attention.ops.cache import Cache
-from attention.ops.masks import Mask
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
-class GPT(hk.Module):
-  """Next-token logits from all tokens so far.
+class GPT(Transformer):
+  """Predicts the next token from all tokens before it.
 
-  Initialised as GPT-2 is: normal(0.02), and what each block adds to the
-  residual scaled by 1/√(2 · num_layers).
+  Initialised as GPT-2: normal(0.02), and 0.02/√(2 · num_layers) for the output
+  projections of each block.
   """
 
   vocab_size: int
-  context_size: int  # positions in the table, the longest input
-  num_layers: int
-  num_heads: int
-  model_size: int
-  mixer: str = 'attention'  # or 'lstm', 'conv', for comparison
-  dropout_rate: float = 0.0
-  with_tied_output: bool = True  # output weights are the token table's
-  fused_qkv: bool = True
-  implementation: str | None = None  # see dot_product_attention
-  use_scan: bool = False  # one block compiled for all layers
-  use_remat: bool = False  # activations inside a block computed twice
-  name: str | None = None
+  context_size: int  # the longest input
+  with_tied_output: bool = True  # logits use the token embeddings
+  fused_qkv: bool = True  # one projection for query, key and value
+  use_scan: bool = False  # compile one block for all layers
+  use_remat: bool = False  # recompute blocks in the backward pass
 
   def __call__(self, tokens, *, cache=None, is_training: bool = False):
-    """Logits of the token after each position.
+    """Computes the logits of the token after each position.
 
     Args:
       tokens: [b, t] ids in [0, vocab_size), t up to context_size.
-      cache: an empty `Cache` that each layer begins with, or what this gave for
-        the tokens before; its capacity is up to context_size.
-      is_training: whether to drop.
+      cache: an empty `Cache` for the first tokens, of a capacity up to
+        context_size, then the cache that the previous call returned.
+      is_training: whether to apply dropout.
 
     Returns:
-      [b, t, vocab_size] float32; with a cache, a pair of that and the cache
-      after the tokens.
+      [b, t, vocab_size] float32; with a cache, a pair of the logits and the new
+      cache.
 
     Raises:
-      ValueError: t over context_size, no layers or heads, or a width not
-        divisible by num_heads.
+      ValueError: more tokens than context_size, or a field with an impossible
+        value.
     """
-    for field in ('num_layers', 'num_heads'):
-      if getattr(self, field) < 1:
-        raise ValueError(
-          f'{field}: expected 1 or more, got {getattr(self, field)}'
-        )
+    self.check()
     if isinstance(cache, Cache):
       cache = ({'attention': cache},) * self.num_layers
     first = None if cache is None else cache[0]['attention']
@@ -67,11 +55,6 @@ class GPT(hk.Module):
         f'tokens: expected at most context_size={self.context_size} '
         f'positions, got {length}'
       )
-    if self.model_size % self.num_heads:
-      raise ValueError(
-        f'num_heads: expected a divisor of model_size={self.model_size}, '
-        f'got {self.num_heads}'
-      )
     init = hk.initializers.RandomNormal(0.02)
     residual_init = hk.initializers.RandomNormal(
       0.02 / math.sqrt(2 * self.num_layers)
@@ -79,35 +62,22 @@ class GPT(hk.Module):
     token_table = Embed(
       self.vocab_size, self.model_size, w_init=init, name='tokens'
     )
-    positions = hk.get_parameter(
-      'positions', (self.context_size, self.model_size), init=init
+    x = self.add_positions(
+      token_table(tokens), self.context_size, is_training, cache=first
     )
-    if first is None:
-      positions = positions[:length]
-    else:
-      positions = positions[first.positions(tokens.shape[-1])]
-    x = add(token_table(tokens), positions)
-    x = dropout(x, self.dropout_rate, is_training)
-    # One array, for every layer to read: see TransformerBlock.
-    x = jax.lax.optimization_barrier(x)
+    mask, bias = self.self_attention(is_causal=True)
     layers, after = list(cache or ()), []
 
     def block(name, x):
-      module = TransformerBlock(
-        num_heads=self.num_heads,
-        mixer=self.mixer,
-        dropout_rate=self.dropout_rate,
+      module = self.block(
+        name,
         w_init=init,
         output_w_init=residual_init,
-        attention={
-          'fused_qkv': self.fused_qkv,
-          'implementation': self.implementation,
-        },
-        name=name,
+        attention={'fused_qkv': self.fused_qkv},
       )
       if cache is None:
-        return module(x, mask=Mask.causal(), is_training=is_training)
-      x, cached = module(x, mask=Mask.causal(), cache=layers.pop(0))
+        return module(x, mask=mask, bias=bias, is_training=is_training)
+      x, cached = module(x, mask=mask, bias=bias, cache=layers.pop(0))
       after.append(cached)
       return x
 
@@ -118,7 +88,7 @@ class GPT(hk.Module):
       use_scan=self.use_scan and cache is None,
       use_remat=self.use_remat and cache is None,
     )
-    x = LayerNorm('final_norm')(x)
+    x = self.final_norm(x)
     if self.with_tied_output:
       logits = x @ token_table.embeddings.T
     else:
@@ -130,19 +100,19 @@ class GPT(hk.Module):
 
 
 def window_step(apply, params, context_size: int, start=0):
-  """Decoding by a plain forward pass over the last `context_size` tokens.
+  """A decoding step by a forward pass over the last `context_size` tokens.
 
-  For layers that have no cache.
+  For models without a cache.
 
   Args:
     apply: (params, tokens [b, t]) -> logits [b, t, v].
-    params: of the model.
+    params: the model's parameters.
     context_size: the longest input.
-    start: how much padding all rows of the prompt begin with.
+    start: padding in front of the prompt, the same in all rows.
 
   Returns:
-    (step, cache) for `attention.decoding`; the cache is made for a batch of
-    one, of any batch by broadcasting: (tokens [1, context_size], length).
+    (step, cache) for `attention.decoding`. The cache is (tokens
+    [1, context_size], length) and broadcasts to any batch size.
   """
 
   def step(tokens, cache):
@@ -150,7 +120,7 @@ def window_step(apply, params, context_size: int, start=0):
     window = jnp.broadcast_to(window, (tokens.shape[0], context_size))
     window = jnp.concatenate([window, tokens], axis=1)[:, -context_size:]
     length = jnp.minimum(length + tokens.shape[1], context_size)
-    # The window ends with the newest token; the model wants it from 0.
+    # The newest token is last in the window; the model counts from 0.
     inputs = jnp.roll(window, length, axis=1)
     logits = apply(params, inputs)
     last = jax.lax.dynamic_index_in_dim(logits, length - 1, 1, keepdims=False)

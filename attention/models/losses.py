@@ -1,4 +1,4 @@
-"""What models minimise."""
+"""Loss functions."""
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +15,12 @@ def token_cross_entropy(
   Args:
     logits: unnormalised log-probabilities.
     targets: token ids, in [0, v).
-    label_smoothing: how much of a target's probability is spread over the whole
-      vocabulary (Szegedy et al. 2016, section 7).
+    label_smoothing: the share of a target's probability that is spread over
+      the vocabulary (Szegedy et al. 2016, section 7).
   """
   logits = logits.astype(jnp.float32)
-  # Not by indices: the gradient of that is an array of zeros in float32, added
-  # to the softmax's, where this one is part of the kernel that computes both.
+  # The gradient of indexing would add a float32 array of zeros to the softmax's
+  # gradient; this select fuses into the kernel that computes it.
   is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
   picked = jnp.where(is_target, logits, 0).sum(-1)
   if label_smoothing:
@@ -38,10 +38,10 @@ def cross_entropy(
   Args:
     logits: unnormalised log-probabilities.
     targets: token ids, in [0, v).
-    mask: which targets count; all by default.
+    mask: True for targets that count; all by default.
 
   Returns:
-    The sum over targets that count, in nats, and how many they are.
+    The sum over the targets that count, in nats, and their number.
   """
   nats = token_cross_entropy(logits, targets)
   if mask is None:

@@ -98,6 +98,8 @@ class RMSNorm(hk.Module):
     return (exact * jax.lax.rsqrt(squares + _EPSILON) * scale).astype(x.dtype)
 
 
+NORMS = {'layer': LayerNorm, 'rms': RMSNorm}
+
 _EPSILON = 1e-5
 
 

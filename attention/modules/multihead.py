@@ -6,6 +6,7 @@ import math
 import haiku as hk
 import jax.numpy as jnp
 
+from attention.modules.fields import check_choice, check_count
 from attention.modules.layers import Linear, RMSNorm
 from attention.ops import similarity
 from attention.ops.attention_weights import attention_weights
@@ -23,35 +24,37 @@ _KNOWN = {
 
 @dataclasses.dataclass(kw_only=True, eq=False)
 class MultiHeadAttention(hk.Module):
-  """Queries, keys and values per head; attention; one output projection.
+  """Multi-head attention: projections, attention, an output projection.
 
-  Parameters are those of `hk.MultiHeadAttention`, so its checkpoints load:
+  The parameters are those of `hk.MultiHeadAttention`, so its checkpoints load:
   `query/{w,b}` (m, h·d), `key/{w,b}` (m, g·d), `value/{w,b}` (m, g·e) and
-  `linear/{w,b}` (h·e, m); with `fused_qkv`, one `qkv/{w,b}` holds the first
-  three side by side.
+  `linear/{w,b}` (h·e, m). With `fused_qkv`, `qkv/{w,b}` concatenates the first
+  three.
 
-  A similarity may have a parameter of its own, `similarity_w`: 'general' a
-  matrix (h, d, d), 'additive' a vector (h, d). With `value_factorisation`
-  'full' each head has a map of the whole width, `value/{w,b}` (m, g·m), and the
-  heads are summed; there is no `linear`.
+  Two similarities have a parameter `similarity_w`: a matrix (h, d, d) for
+  'general', a vector (h, d) for 'additive'. `with_sinks` adds `sinks` (h). With
+  `value_factorisation='full'` each head maps values to the full width,
+  `value/{w,b}` (m, g·m); the heads are summed and there is no `linear`.
   """
 
   num_heads: int
   num_kv_heads: int | None = None  # key/value heads; num_heads by default
-  key_size: int | None = None  # channels a head; width / num_heads by default
-  value_size: int | None = None  # channels a value head; key_size by default
-  model_size: int | None = None  # width of the output; the query's by default
+  key_size: int | None = None  # channels per head; width / num_heads by default
+  value_size: int | None = None  # channels per value head; default: key_size
+  model_size: int | None = None  # output width; the query's by default
   similarity: str = 'scaled_dot'  # or dot, cosine, general, additive
   scale: float | None = None  # of the logits; the similarity's by default
+  logit_cap: float | None = None  # c · tanh(logits / c)
   with_qk_norm: bool = False  # RMS norm of each head's queries and keys
-  with_rotary: bool = False  # queries and keys turned by their positions
-  value_factorisation: str = 'low_rank'  # or 'full': see above
+  with_rotary: bool = False  # rotary position codes on queries and keys
+  with_sinks: bool = False  # a learned extra logit per head
+  value_factorisation: str = 'low_rank'  # or 'full', see above
   fused_qkv: bool = False  # one projection for query, key and value
-  with_bias: bool = True  # biases of query, key and value projections
+  with_bias: bool = True  # on the query, key and value projections
   with_output_bias: bool = True
   w_init: hk.initializers.Initializer | None = None
   output_w_init: hk.initializers.Initializer | None = None  # default: w_init
-  dropout_rate: float = 0.0  # of attention weights, while training
+  dropout_rate: float = 0.0  # of attention weights, in training
   implementation: str | None = None  # see dot_product_attention
   name: str | None = None
 
@@ -73,28 +76,28 @@ class MultiHeadAttention(hk.Module):
       query: [*b, q, m].
       key: [*b, k, m']; `query` by default.
       value: [*b, k, m'']; `key` by default.
-      mask: see `dot_product_attention`, as `bias`.
-      bias: added to the logits.
-      positions: of the queries, and of the keys if they come from the same
-        array or go to a `Cache`, for rotary codes: [q] or [*b, q]; counted from
-        0, or on from what the cache holds, by default.
-      cache: a `Cache` of the tokens before, to which `query` is the next; or a
-        `CrossCache`, which an empty one keeps of `key` and `value`, and which
-        then stands for them.
-      is_training: whether attention weights are dropped.
+      mask: as in `dot_product_attention`.
+      bias: as in `dot_product_attention`.
+      positions: [q] or [*b, q], for rotary codes: positions of the queries, and
+        of the keys in self-attention. By default they start at 0, or after the
+        tokens that the cache holds.
+      cache: a `Cache` of the preceding tokens, for self-attention; or a
+        `CrossCache`, which stores the projected `key` and `value` on the first
+        call and replaces them afterwards.
+      is_training: whether to apply dropout.
 
     Returns:
-      [*b, q, model_size] in the dtype of `query`; with a cache, a pair of that
-      and the cache after it.
+      [*b, q, model_size] in the dtype of `query`; with a cache, a pair of the
+      output and the new cache.
 
     Raises:
-      ValueError: widths and heads that don't divide, shapes that don't fit,
-        fields with values that aren't known, a cache of another kind.
+      ValueError: a width that the number of heads does not divide, shapes that
+        don't match, an unknown value of a field, or the wrong kind of cache.
     """
     self._check(positions, cache)
     is_cached = isinstance(cache, CrossCache) and cache.key is not None
     if isinstance(cache, CrossCache) and key is None and not is_cached:
-      raise ValueError('key: expected a context, as the CrossCache holds none')
+      raise ValueError('key: expected a context, as the CrossCache is empty')
     is_self = key is None or key is query or isinstance(cache, Cache)
     key = query if key is None else key
     value = key if value is None else value
@@ -132,10 +135,11 @@ class MultiHeadAttention(hk.Module):
   def attend(self, query, key, value, *, mask, bias, is_training):
     """softmax(similarity(query, key)) value: [*b, q, h, d] → [*b, q, h, e].
 
-    All attention goes through here, for `hk.intercept_methods` to see.
+    All attention goes through this method, so that `hk.intercept_methods` can
+    observe it.
     """
     is_dropping = is_training and self.dropout_rate > 0
-    query, key, arguments = self._compare(query, key)
+    query, key, arguments = self.compare(query, key)
     attention = (
       additive_attention if 'vector' in arguments else dot_product_attention
     )
@@ -153,7 +157,7 @@ class MultiHeadAttention(hk.Module):
 
   def pattern(self, query, key, *, mask, bias, heads=None, queries=None):
     """The weights of `attend`: [*b, heads, queries, k], for `capture`."""
-    query, key, arguments = self._compare(query, key)
+    query, key, arguments = self.compare(query, key)
     return attention_weights(
       query,
       key,
@@ -165,8 +169,24 @@ class MultiHeadAttention(hk.Module):
     )
 
   @hk.transparent
-  def _compare(self, query, key):
-    """The similarity: (query, key, further arguments) of the core function."""
+  def compare(self, query, key):
+    """Applies the similarity.
+
+    Args:
+      query: [*b, q, h, d].
+      key: [*b, k, g, d].
+
+    Returns:
+      (query, key, further arguments) for `dot_product_attention`, or for
+      `additive_attention` if they include `vector`.
+    """
+    logits = {}
+    if self.logit_cap is not None:
+      logits['logit_cap'] = self.logit_cap
+    if self.with_sinks:
+      logits['sinks'] = hk.get_parameter(
+        'sinks', (self.num_heads,), jnp.float32, jnp.zeros
+      )
     *_, num_heads, size = query.shape
     if self.similarity == 'additive':
       init = hk.initializers.RandomNormal(1 / math.sqrt(size))
@@ -174,9 +194,9 @@ class MultiHeadAttention(hk.Module):
         'similarity_w', (num_heads, size), query.dtype, init
       )
       scale = 1.0 if self.scale is None else self.scale
-      return query, key, {'vector': vector, 'scale': scale}
+      return query, key, {'vector': vector, 'scale': scale, **logits}
     if self.similarity == 'general':
-      # Begins as the scaled dot product.
+      # Initialised to the scaled dot product.
       weight = hk.get_parameter(
         'similarity_w',
         (num_heads, size, size),
@@ -188,11 +208,12 @@ class MultiHeadAttention(hk.Module):
       query, key, scale = similarity.general(query, key, weight)
     else:
       query, key, scale = getattr(similarity, self.similarity)(query, key)
-    return query, key, {'scale': scale if self.scale is None else self.scale}
+    scale = scale if self.scale is None else self.scale
+    return query, key, {'scale': scale, **logits}
 
   @hk.transparent
   def _encode(self, query, key, positions, is_self):
-    """Norms and rotary codes of queries [*b, t, h, d] and keys, if any."""
+    """Applies norms and rotary codes to queries and keys [*b, t, h, d]."""
     if self.with_qk_norm:
       query = RMSNorm('query_norm')(query)
       key = None if key is None else RMSNorm('key_norm')(key)
@@ -208,17 +229,12 @@ class MultiHeadAttention(hk.Module):
   def _check(self, positions, cache):
     check_rate(self.dropout_rate)
     for field in _COUNTS:
-      count = getattr(self, field)
-      if count is not None and count < 1:
-        raise ValueError(f'{field}: expected 1 or more, got {count}')
+      check_count(field, getattr(self, field))
     for field, known in _KNOWN.items():
-      if getattr(self, field) not in known:
-        raise ValueError(
-          f'{field}: expected one of {known}, got {getattr(self, field)!r}'
-        )
+      check_choice(field, getattr(self, field), known)
     if self.value_factorisation == 'full' and self.value_size is not None:
       raise ValueError(
-        "value_size: expected None with value_factorisation='full', whose "
+        "value_size: expected None with value_factorisation='full', where "
         f'values have the width of the output, got {self.value_size}'
       )
     if positions is not None and not self.with_rotary:
@@ -258,7 +274,7 @@ class MultiHeadAttention(hk.Module):
 
   @hk.transparent
   def _project_fused(self, inputs, widths):
-    """[q | k | v] in one product; in cross-attention, each its own slice."""
+    """One product for [q | k | v]; in cross-attention, a slice for each."""
     sizes = [x.shape[-1] for x in inputs if x is not None]
     if len({*sizes}) > 1:
       raise ValueError(

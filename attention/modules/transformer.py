@@ -1,33 +1,48 @@
-"""The Transformer's block (Vaswani et al. 2017, figure 1)."""
+"""The Transformer block (Vaswani et al. 2017, figure 1)."""
 
 import dataclasses
 
 import haiku as hk
 import jax
 
-from attention.modules.layers import LayerNorm, Linear, dropout
+from attention.modules.fields import check_choice
+from attention.modules.layers import NORMS, Linear, dropout
 from attention.modules.mixers import MIXERS
 from attention.modules.multihead import MultiHeadAttention
 
-_ACTIVATIONS = {'relu': jax.nn.relu, 'gelu': jax.nn.gelu}
+_ACTIVATIONS = {
+  'relu': jax.nn.relu,
+  'gelu': jax.nn.gelu,
+  'silu': jax.nn.silu,
+  'geglu': jax.nn.gelu,
+  'swiglu': jax.nn.silu,
+}
+_GATED = ('geglu', 'swiglu')
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
 class TransformerBlock(hk.Module):
-  """Self-attention, cross-attention if given a context, and feed-forward.
+  """Self-attention, optional cross-attention and a feed-forward layer.
 
-  Each sublayer is added to its input: `x + sublayer(norm(x))` if `norm` is
-  'pre' (GPT-2), `norm(x + sublayer(x))` if 'post' (Vaswani et al. 2017).
+  Each sublayer has a residual connection: `x + sublayer(norm(x))` where `norm`
+  is 'pre' (GPT-2), `norm(x + sublayer(x))` where it is 'post' (Vaswani et al.
+  2017).
+
+  The feed-forward layer is `contract(activation(expand(x)))`. The gated
+  activations 'geglu' and 'swiglu' compute
+  `contract(activation(gate(x)) * expand(x))` (Shazeer 2020) with a hidden width
+  of 8/3 times the model's, so that the number of parameters stays the same.
   """
 
   num_heads: int
-  mixer: str = 'attention'  # or, in place of self-attention, 'lstm' or 'conv'
-  hidden_size: int | None = None  # of the feed-forward; 4 × width by default
-  norm: str = 'pre'  # 'pre' or 'post'
-  activation: str = 'gelu'  # 'gelu' or 'relu'
-  dropout_rate: float = 0.0  # of each sublayer's output and the weights
+  mixer: str = 'attention'  # what replaces self-attention: 'lstm' or 'conv'
+  hidden_size: int | None = None  # feed-forward width; 4 × model width
+  norm: str = 'pre'  # or 'post'
+  norm_kind: str = 'layer'  # or 'rms'
+  activation: str = 'gelu'  # or 'relu', 'silu', 'geglu', 'swiglu'
+  dropout_rate: float = 0.0  # of sublayer outputs and attention weights
   w_init: hk.initializers.Initializer | None = None
-  output_w_init: hk.initializers.Initializer | None = None  # of what is added
+  output_w_init: hk.initializers.Initializer | None = None  # of output layers
   attention: dict | None = None  # further fields of MultiHeadAttention
   name: str | None = None
 
@@ -37,38 +52,36 @@ class TransformerBlock(hk.Module):
     context=None,
     *,
     mask=None,
+    bias=None,
     context_mask=None,
     cache: dict | None = None,
     is_training: bool = False,
   ):
-    """One block.
+    """Applies the block.
 
     Args:
       x: [*b, t, m].
-      context: [*b, k, m'] for cross-attention, or None for no such layer.
-      mask: of self-attention, see `dot_product_attention`; other mixers look
-        back only, whatever it says.
+      context: [*b, k, m'] to attend to, or None for no cross-attention.
+      mask: of self-attention, as in `dot_product_attention`. Other mixers
+        ignore it; they are causal.
+      bias: of self-attention, as in `dot_product_attention`.
       context_mask: of cross-attention.
-      cache: {'attention': `Cache`}, with 'cross_attention': `CrossCache` where
-        there is such a layer; once that is filled, `context` may be None.
-      is_training: whether to drop.
+      cache: {'attention': `Cache`}, and 'cross_attention': `CrossCache` where
+        the block has cross-attention; once that is filled, `context` may be
+        None.
+      is_training: whether to apply dropout.
 
     Returns:
-      [*b, t, m]; with a cache, a pair of that and the cache after it.
+      [*b, t, m]; with a cache, a pair of the output and the new cache.
 
     Raises:
-      ValueError: unknown norm, activation or mixer, a width not divisible by
-        heads, or a cache of other layers.
+      ValueError: an unknown norm, activation or mixer, a width not divisible by
+        the number of heads, or a cache for other layers.
     """
-    for field, known in (
-      ('norm', ('pre', 'post')),
-      ('activation', tuple(_ACTIVATIONS)),
-      ('mixer', ('attention', *MIXERS)),
-    ):
-      if getattr(self, field) not in known:
-        raise ValueError(
-          f'{field}: expected one of {known}, got {getattr(self, field)!r}'
-        )
+    check_choice('norm', self.norm, ('pre', 'post'))
+    check_choice('norm_kind', self.norm_kind, NORMS)
+    check_choice('activation', self.activation, _ACTIVATIONS)
+    check_choice('mixer', self.mixer, ('attention', *MIXERS))
 
     def attention(name):
       return MultiHeadAttention(
@@ -83,8 +96,8 @@ class TransformerBlock(hk.Module):
     names = {'attention', 'cross_attention'}
     if cache is not None and not {'attention'} <= cache.keys() <= names:
       raise ValueError(
-        "cache: expected 'attention', and 'cross_attention' where there is "
-        f'such a layer, got {sorted(cache)}'
+        "cache: expected the key 'attention', and 'cross_attention' for a "
+        f'block with cross-attention, got {sorted(cache)}'
       )
     cached = dict(cache or {})
     further = {}
@@ -104,10 +117,11 @@ class TransformerBlock(hk.Module):
 
     def mix(y):
       if self.mixer not in MIXERS:
-        return attend(y, 'attention', mask=mask)
+        return attend(y, 'attention', mask=mask, bias=bias)
       if cached:
         raise ValueError(
-          f"cache: mixer {self.mixer!r} has none, only 'attention'"
+          f"cache: expected mixer='attention', got {self.mixer!r}, which has "
+          'no cache'
         )
       return MIXERS[self.mixer](w_init=self.w_init, name=self.mixer)(y)
 
@@ -126,18 +140,25 @@ class TransformerBlock(hk.Module):
 
   @hk.transparent
   def _add(self, x, name, sublayer, is_training):
-    norm = LayerNorm(f'{name}_norm')
+    norm = NORMS[self.norm_kind](f'{name}_norm')
     y = sublayer(norm(x) if self.norm == 'pre' else x)
     x = x + dropout(y, self.dropout_rate, is_training)
-    # Kept as an array: XLA on CPU would add up all earlier layers anew inside
-    # every kernel that reads the sum.
+    # Materialises the sum. XLA on CPU would otherwise recompute the sums of all
+    # earlier layers inside every kernel that reads it.
     x = jax.lax.optimization_barrier(x)
     return x if self.norm == 'pre' else norm(x)
 
   @hk.transparent
   def _feed_forward(self, x):
-    hidden = self.hidden_size or 4 * x.shape[-1]
+    width = x.shape[-1]
+    is_gated = self.activation in _GATED
+    hidden = self.hidden_size or (8 * width // 3 if is_gated else 4 * width)
+    activation = _ACTIVATIONS[self.activation]
     h = Linear(hidden, w_init=self.w_init, name='expand')(x)
+    if is_gated:
+      h = h * activation(Linear(hidden, w_init=self.w_init, name='gate')(x))
+    else:
+      h = activation(h)
     return Linear(
-      x.shape[-1], w_init=self.output_w_init or self.w_init, name='contract'
-    )(_ACTIVATIONS[self.activation](h))
+      width, w_init=self.output_w_init or self.w_init, name='contract'
+    )(h)

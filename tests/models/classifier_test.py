@@ -49,7 +49,11 @@ def test_bad_input_is_named():
   for fields, shape, message in (
     ({}, (B, T + 1, C), 'at most context_size=7 positions, got 8'),
     ({'num_heads': 5}, (B, T, C), 'divisor of model_size=12, got 5'),
-    ({'pooling': 'last'}, (B, T, C), "'mean' or 'first', got 'last'"),
+    (
+      {'pooling': 'last'},
+      (B, T, C),
+      "pooling: expected one of .*'mean'.*, got 'last'",
+    ),
     ({'pooling': 'first', 'mixer': 'conv'}, (B, T, C), "mixer='conv'"),
     ({'mixer': 'mlp'}, (B, T, C), 'mixer: expected one of'),
   ):

@@ -152,7 +152,7 @@ def test_label_smoothing_is_a_mixture_with_the_uniform(arrays, assert_close):
   ('fields', 'message'),
   [
     (dict(source='sound'), "source: expected one of .*, got 'sound'"),
-    (dict(positions='none'), "positions: expected one of .*, got 'none'"),
+    (dict(positions='sinus'), "positions: expected one of .*'sinusoidal'"),
     (dict(num_heads=5), 'num_heads: expected a divisor of model_size=12'),
     (
       dict(positions='learned', context_size=6),

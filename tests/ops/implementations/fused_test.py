@@ -87,7 +87,7 @@ _ALONE = [
 ]
 
 
-def _arguments(case, q, k, dtype='float32', d=D, e=E):
+def _arguments(case, q, k, dtype='float32', d=D, e=E, batch=B):
   rng = np.random.default_rng(0)
 
   def normal(*shape):
@@ -99,8 +99,12 @@ def _arguments(case, q, k, dtype='float32', d=D, e=E):
     for part in case.split('+')
     for name, x in cases[part].items()
   }
-  qkv = normal(*B, q, H, d), normal(*B, k, G, d), normal(*B, k, G, e)
-  return check(*qkv, **arguments), normal(*B, q, H, e)
+  qkv = (
+    normal(*batch, q, H, d),
+    normal(*batch, k, G, d),
+    normal(*batch, k, G, e),
+  )
+  return check(*qkv, **arguments), normal(*batch, q, H, e)
 
 
 def _kernels(kind):
@@ -152,7 +156,7 @@ def test_head_sizes_and_dtypes(kind, dtype, sizes, assert_close):
   kernels, q, k = _kernels(kind)
   if kind == 'tpu' and dtype == 'float16':
     pytest.skip('TPUs have no float16')
-  arguments = _arguments('bias_causal', q, k, dtype, *sizes)
+  arguments = _arguments('bias_causal', q, k, dtype, *sizes, batch=(1,))
   got = _run(kernels, *arguments)
   expected = _run(reference.attention, *arguments)
   for x, y in zip(got, expected, strict=True):
