@@ -53,6 +53,20 @@ def _default():
         'model_size': 64,
         'pooling': 'mean',  # or 'first'
         'mixer': 'attention',  # or 'lstm', 'conv'
+        'positions': 'learned',  # sinusoidal, rotary, alibi, t5, none
+        'norm': 'pre',  # 'post'
+        'norm_kind': 'layer',  # 'rms'
+        'activation': 'gelu',  # relu, silu, geglu, swiglu
+        'window': 0,  # reach of self-attention in tokens; 0: unlimited
+        'attention': {
+          'similarity': 'scaled_dot',  # dot, cosine, general, additive
+          'num_kv_heads': 0,  # a divisor of num_heads; 0: num_heads
+          'with_qk_norm': False,  # RMS norm of queries and keys
+          'with_sinks': False,  # a learned extra logit per head
+          'logit_cap': 0.0,  # c · tanh(logits / c); 0: none
+          'value_factorisation': 'low_rank',  # 'full'
+          'implementation': '',  # fused, chunked, reference; '': the default
+        },
         'dropout_rate': 0.1,
       },
       'optimizer': {
@@ -64,14 +78,12 @@ def _default():
         'b2': 0.99,
         'clip_norm': 1.0,
       },
+      # Further keys and their defaults: attention/training/training_config.py.
       'training': {
         'steps': 300,
         'log_every': 100,
         'eval_every': 100,
         'checkpoint_every': 100,
-        'cpu_devices': 2,
-        'precision': '',
-        'num_microbatches': 1,
       },
     }
   )

@@ -41,6 +41,20 @@ def _default():
         'num_layers': 96,
         'num_heads': 96,
         'model_size': 12_288,
+        'positions': 'learned',  # sinusoidal, rotary, alibi, t5, none
+        'norm': 'pre',  # 'post'
+        'norm_kind': 'layer',  # 'rms'
+        'activation': 'gelu',  # relu, silu, geglu, swiglu
+        'window': 0,  # reach of self-attention in tokens; 0: unlimited
+        'attention': {
+          'similarity': 'scaled_dot',  # dot, cosine, general, additive
+          'num_kv_heads': 0,  # a divisor of num_heads; 0: num_heads
+          'with_qk_norm': False,  # RMS norm of queries and keys
+          'with_sinks': False,  # a learned extra logit per head
+          'logit_cap': 0.0,  # c · tanh(logits / c); 0: none
+          'value_factorisation': 'low_rank',  # 'full'
+          'implementation': '',  # fused, chunked, reference; '': the default
+        },
         'dropout_rate': 0.0,
         'with_tied_output': True,
         'fused_qkv': False,
@@ -54,14 +68,12 @@ def _default():
         'b2': 0.95,
         'clip_norm': 1.0,
       },
+      # Further keys and their defaults: attention/training/training_config.py.
       'training': {
         'steps': 91_500,  # 300 G tokens
         'log_every': 100,
         'eval_every': 1_000,
         'checkpoint_every': 1_000,
-        'cpu_devices': 2,
-        'precision': '',
-        'num_microbatches': 1,
       },
     }
   )

@@ -72,10 +72,24 @@ def _default():
         'num_heads': 4,
         'model_size': 128,
         'mixer': 'attention',  # or 'lstm', 'conv'
+        'positions': 'learned',  # sinusoidal, rotary, alibi, t5, none
+        'norm': 'pre',  # 'post'
+        'norm_kind': 'layer',  # 'rms'
+        'activation': 'gelu',  # relu, silu, geglu, swiglu
+        'window': 0,  # reach of self-attention in tokens; 0: unlimited
+        'attention': {
+          'similarity': 'scaled_dot',  # dot, cosine, general, additive
+          'num_kv_heads': 0,  # a divisor of num_heads; 0: num_heads
+          'with_qk_norm': False,  # RMS norm of queries and keys
+          'with_sinks': False,  # a learned extra logit per head
+          'logit_cap': 0.0,  # c · tanh(logits / c); 0: none
+          'value_factorisation': 'low_rank',  # 'full'
+          'implementation': '',  # fused, chunked, reference; '': the default
+        },
         'dropout_rate': 0.0,
         'with_tied_output': True,
-        'use_scan': False,  # one block compiled for all layers
-        'use_remat': False,  # activations computed twice, for less memory
+        'use_scan': False,  # compile one block for all layers
+        'use_remat': False,  # recompute blocks: less memory, more time
       },
       'optimizer': {
         'learning_rate': 6e-3,
@@ -86,15 +100,12 @@ def _default():
         'b2': 0.99,
         'clip_norm': 1.0,
       },
+      # Further keys and their defaults: attention/training/training_config.py.
       'training': {
         'steps': 2_000,
         'log_every': 100,
         'eval_every': 500,
         'checkpoint_every': 500,
-        'cpu_devices': 2,  # that share a batch, where there is no accelerator
-        'mesh': {'data': -1, 'fsdp': 1, 'tensor': 1},  # -1: all that are left
-        'precision': '',  # all float32; see _MIXED
-        'num_microbatches': 1,  # parts of a batch, one after another
       },
     }
   )

@@ -55,7 +55,20 @@ def _default():
         'model_size': 128,
         'hidden_size': 256,
         'dropout_rate': 0.3,
-        'attention': {'implementation': 'reference'},
+        'positions': 'sinusoidal',  # learned, rotary, alibi, t5, none
+        'norm': 'pre',  # 'post'
+        'norm_kind': 'layer',  # 'rms'
+        'activation': 'relu',  # gelu, silu, geglu, swiglu
+        'window': 0,  # reach of self-attention in tokens; 0: unlimited
+        'attention': {
+          'similarity': 'scaled_dot',  # dot, cosine, general, additive
+          'num_kv_heads': 0,  # a divisor of num_heads; 0: num_heads
+          'with_qk_norm': False,  # RMS norm of queries and keys
+          'with_sinks': False,  # a learned extra logit per head
+          'logit_cap': 0.0,  # c · tanh(logits / c); 0: none
+          'value_factorisation': 'low_rank',  # 'full'
+          'implementation': 'reference',  # fused, chunked; '': the default
+        },
       },
       'loss': {'label_smoothing': 0.1},
       'optimizer': {
@@ -67,12 +80,12 @@ def _default():
         'b2': 0.98,
         'clip_norm': 1.0,
       },
+      # Further keys and their defaults: attention/training/training_config.py.
       'training': {
         'steps': 9_000,
         'log_every': 100,
         'eval_every': 1_000,
         'checkpoint_every': 500,
-        'cpu_devices': 2,  # that share a batch, where there is no accelerator
       },
     }
   )
