@@ -1,4 +1,4 @@
-"""What config.training says: how long a run is, and how it is run."""
+"""config.training: the length of a run and how it is executed."""
 
 import dataclasses
 import difflib
@@ -34,7 +34,7 @@ class TrainingConfig:
   eval_every: int
   checkpoint_every: int
   num_kept: int = 3  # checkpoints, the newest ones; the best stays as well
-  cpu_devices: int = 1  # virtual ones that share a batch
+  cpu_devices: int = 2  # virtual devices that share a batch on CPU
   mesh: dict = dataclasses.field(default_factory=_mesh)
   max_bad_steps: int = 5  # in a row, of losses or gradients not finite
   precision: str = ''  # 'params=float32,compute=bfloat16,output=float32'
@@ -62,13 +62,13 @@ class TrainingConfig:
     unknown = self.mesh.keys() - _mesh()
     if unknown:
       raise ValueError(
-        f'training.mesh.{min(unknown)}: no such axis; there are data, fsdp '
+        f'training.mesh.{min(unknown)}: no such axis; the axes are data, fsdp '
         'and tensor'
       )
 
   @classmethod
   def create(cls, training: dict) -> 'TrainingConfig':
-    """From config.training, as a dict.
+    """Create from config.training as a dict.
 
     Raises:
       ValueError: an unknown or missing key, or a value out of range.
@@ -86,7 +86,7 @@ class TrainingConfig:
 
   @classmethod
   def defaults(cls) -> dict:
-    """What keys are where a config doesn't name them."""
+    """Return the defaults of the keys that a config may omit."""
     found = {}
     for field in dataclasses.fields(cls):
       if field.default is not dataclasses.MISSING:
@@ -97,7 +97,7 @@ class TrainingConfig:
 
   @classmethod
   def complete(cls, training) -> None:
-    """Adds to a config's `training` the keys that it doesn't name."""
+    """Add missing keys with their defaults to a config's `training`."""
     for key, value in cls.defaults().items():
       if key not in training:
         training[key] = value
