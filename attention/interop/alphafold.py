@@ -111,6 +111,23 @@ class Attention(gated.GatedAttention):
     self.output_dim = output_dim
 
   def __call__(self, q_data, m_data, mask, nonbatched_bias=None):
+    """Applies the layer.
+
+    Args:
+      q_data: [b, q, a].
+      m_data: [b, k, a'].
+      mask: [b, q, k], or with a head axis of its own [b or 1, h or 1, q or 1,
+        k]; 0 masks.
+      nonbatched_bias: [h, q, k], or [q, k] for all heads.
+
+    Returns:
+      [b, q, output_dim].
+    """
+    mask = jnp.asarray(mask)
+    if mask.ndim == q_data.ndim:
+      mask = mask[..., None, :, :]
+    if nonbatched_bias is not None and jnp.ndim(nonbatched_bias) == 2:
+      nonbatched_bias = nonbatched_bias[None]
     return super().__call__(q_data, m_data, _seen(mask), nonbatched_bias)
 
 

@@ -320,6 +320,25 @@ def test_bad_input_is_named(make, message):
     hk.transform(make).init(jax.random.key(0))
 
 
+def test_attention_takes_the_shapes_of_alphafolds_docstrings(
+  arrays, assert_close
+):
+  x, bias = arrays((3, N, A), (N, N))
+  mask = np.random.default_rng(0).integers(0, 2, (3, N, N))
+  config = ml_collections.ConfigDict(
+    {'num_head': 3, 'gating': True, 'zero_init': False}
+  )
+
+  @hk.transform
+  def run(mask, bias):
+    return alphafold.Attention(config, config, A)(x, x, mask, bias)
+
+  params = run.init(jax.random.key(0), mask, bias)
+  short = run.apply(params, None, mask, bias)
+  heads = jnp.broadcast_to(bias, (3, N, N))
+  assert_close(short, run.apply(params, None, mask[:, None], heads))
+
+
 def test_classes_are_modules_of_the_library():
   assert issubclass(alphafold.Attention, attention.GatedAttention)
   assert issubclass(alphafold.GlobalAttention, attention.GlobalAttention)
