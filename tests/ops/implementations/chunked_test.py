@@ -1,4 +1,4 @@
-"""Both loops of `chunked` against the reference: values and all gradients."""
+"""Compare the loops of `chunked` to the reference: outputs and gradients."""
 
 import math
 
@@ -51,15 +51,15 @@ BIASES = {
   ),
   'alibi_of_one_head': biases.alibi(1),
 }
-# Ragged and even, one block and many; rows forward and backward.
-CUTS = {
+# Ragged and even, one block and many, in the forward and backward passes.
+LOOPS = {
   'rows': BatchLoop(2 * H * Q * K, 3 * H * Q * K),
   'row': BatchLoop(6 * H * Q * K, H * Q * K),
   'blocks': TileLoop(Tiles(1, 4, 5)),
   'wide': TileLoop(Tiles(2, 13, 6)),
-  'few_pieces': Chunked(is_cpu=False),
+  'accelerator': Chunked(is_cpu=False),
 }
-_each_loop = pytest.mark.parametrize('cut', ['rows', 'blocks'])
+_each_loop = pytest.mark.parametrize('loop', ['rows', 'blocks'])
 
 
 def _arrays(batch=B, q=Q, k=K, h=H, g=G, d=D, e=E):
@@ -69,7 +69,7 @@ def _arrays(batch=B, q=Q, k=K, h=H, g=G, d=D, e=E):
 
 
 def _gradients(implementation, query, key, value, d_output, bias, sinks, **kw):
-  """Output and gradients, jitted, at the highest precision."""
+  """The output and gradients, under `jit` and at the highest precision."""
 
   def attend(query, key, value, bias, sinks):
     arguments = check(query, key, value, bias=bias, sinks=sinks, **kw)
@@ -83,14 +83,15 @@ def _gradients(implementation, query, key, value, d_output, bias, sinks, **kw):
     return jax.jit(both)(query, key, value, bias, sinks)
 
 
-def _assert_same(cut, arrays, assert_close, bias=None, sinks=None, **kw):
+def _assert_same(loop, arrays, assert_close, bias=None, sinks=None, **kw):
   if isinstance(bias, tuple):
     bias = np.random.default_rng(2).normal(size=bias).astype('f')
   args = (*arrays, bias, sinks)
   expected = jax.tree.leaves(_gradients(reference.attention, *args, **kw))
-  actual = jax.tree.leaves(_gradients(cut, *args, **kw))
+  actual = jax.tree.leaves(_gradients(loop, *args, **kw))
   assert len(actual) == len(expected)
-  # A bias alike for all keys has a gradient of zero: compare on one scale.
+  # A bias that is constant over keys has a zero gradient, so compare all on one
+  # scale.
   scale = max(1e-3, *(float(np.abs(x).max()) for x in expected))
   for one, two in zip(actual, expected, strict=True):
     assert one.dtype == two.dtype
@@ -99,39 +100,39 @@ def _assert_same(cut, arrays, assert_close, bias=None, sinks=None, **kw):
 
 @_each_loop
 @pytest.mark.parametrize('mask', MASKS)
-def test_masks_give_the_reference_and_its_gradients(cut, mask, assert_close):
-  _assert_same(CUTS[cut], _arrays(), assert_close, mask=MASKS[mask])
+def test_masks_match_the_reference(loop, mask, assert_close):
+  _assert_same(LOOPS[loop], _arrays(), assert_close, mask=MASKS[mask])
 
 
 @_each_loop
 @pytest.mark.parametrize('bias', BIASES)
-def test_biases_give_the_reference_and_its_gradients(cut, bias, assert_close):
+def test_biases_match_the_reference(loop, bias, assert_close):
   _assert_same(
-    CUTS[cut], _arrays(), assert_close, BIASES[bias], mask=MASKS['lengths']
+    LOOPS[loop], _arrays(), assert_close, BIASES[bias], mask=MASKS['lengths']
   )
 
 
-@pytest.mark.parametrize('cut', CUTS)
+@pytest.mark.parametrize('loop', LOOPS)
 @pytest.mark.parametrize('low', [-np.inf, np.finfo('f').min, -1e30, -1e9])
-def test_a_bias_that_masks_never_lets_masked_keys_in(cut, low, assert_close):
+def test_masking_bias_never_unmasks_keys(loop, low, assert_close):
   query, *others = _arrays()
   query *= 0
   bias = np.zeros((1, 1, 1, 1, K), 'f')
   bias[..., :2] = low
   arguments = dict(bias=bias, mask=Mask.causal())
-  _assert_same(CUTS[cut], [query, *others], assert_close, **arguments)
+  _assert_same(LOOPS[loop], [query, *others], assert_close, **arguments)
   *inputs, options = check(query, *others[:2], **arguments)
-  for attend in (CUTS[cut], reference.attention):
+  for attend in (LOOPS[loop], reference.attention):
     output = np.asarray(attend(*inputs, options))
     value = np.repeat(others[1], H // G, axis=-2)
     for i in range(Q):
       mean = value[..., 2 if i > 1 else 0 : i + 1, :, :].mean(-3)
       if i < 2 and low < -1e9:
-        mean = 0 * mean  # masked by mask or bias, all of them
+        mean = 0 * mean  # all keys are masked, by the mask or the bias
       assert_close(output[..., i, :, :] + 1, mean + 1)
 
 
-@pytest.mark.parametrize('cut', CUTS)
+@pytest.mark.parametrize('loop', LOOPS)
 @pytest.mark.parametrize(
   'options',
   [
@@ -141,15 +142,13 @@ def test_a_bias_that_masks_never_lets_masked_keys_in(cut, low, assert_close):
   ],
 )
 @pytest.mark.parametrize('has_sinks', [False, True])
-def test_options_give_the_reference_and_its_gradients(
-  cut, options, has_sinks, assert_close
-):
+def test_options_match_the_reference(loop, options, has_sinks, assert_close):
   options = dict(options)
   if 'dropout_rng' in options:
     options['dropout_rng'] = jax.random.key(options['dropout_rng'])
   sinks = np.linspace(-1, 2, H).astype('f') if has_sinks else None
   _assert_same(
-    CUTS[cut],
+    LOOPS[loop],
     _arrays(),
     assert_close,
     BIASES['some_rows'],
@@ -166,7 +165,7 @@ def test_options_give_the_reference_and_its_gradients(
   suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(data=st.data())
-def test_any_shape_gives_the_reference_and_its_gradients(data, assert_close):
+def test_any_shape_matches_the_reference(data, assert_close):
   def draw(low, high):
     return data.draw(st.integers(low, high))
 
@@ -184,15 +183,15 @@ def test_any_shape_gives_the_reference_and_its_gradients(data, assert_close):
 
 
 @pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize('cut', CUTS)
-def test_half_precision_is_near_float64(cut, dtype, assert_close):
-  """Within 2e-2, where a softmax of that precision is not."""
+@pytest.mark.parametrize('loop', LOOPS)
+def test_half_precision_is_close_to_float64(loop, dtype, assert_close):
+  """Within 2e-2 of float64, which a softmax in bfloat16 is not."""
   query, key, value, _ = (x.astype(dtype) for x in _arrays(q=Q, k=K, h=H, g=H))
   query = query * dtype(16)
   logits, weights = _exact_weights(query, key)
   expected = np.einsum('...hqk,...khe->...qhe', weights, value.astype(float))
   arguments = check(query, key, value)
-  assert_close(CUTS[cut](*arguments), expected, dtype)
+  assert_close(LOOPS[loop](*arguments), expected, dtype)
   if dtype == jnp.bfloat16:
     coarse = jax.nn.softmax(jnp.asarray(logits).astype(dtype))
     naive = np.einsum(
@@ -218,7 +217,7 @@ def _bias_gradient(implementation, query, key, value, bias):
   return jax.grad(loss)(bias)
 
 
-def test_a_shared_bias_gets_the_same_bits_twice():
+def test_shared_bias_gradient_is_reproducible():
   query, key, value, _ = _arrays(batch=(64,), q=32, k=32, g=H)
   bias = np.random.default_rng(2).normal(size=(H, 32, 32)).astype('f')
   run = jax.jit(lambda *a: _bias_gradient('chunked', *a))
@@ -246,14 +245,14 @@ def _memory(implementation, shape, *, bias=None, is_causal=False):
   return compiled.memory_analysis().temp_size_in_bytes
 
 
-def test_memory_of_long_sequences_grows_with_their_length():
+def test_memory_is_linear_in_sequence_length():
   short = _memory('chunked', (1, 8192, 4, 64), is_causal=True)
   long = _memory('chunked', (1, 16384, 4, 64), is_causal=True)
   assert long < 2.1 * short
   assert short < 4 * 8192 * 8192 * 4 / 10
 
 
-def test_memory_of_a_shared_bias_gradient_is_the_biass_own():
+def test_shared_bias_gradient_memory_ignores_batch_size():
   shape, bias = (128, 256, 4, 32), (4, 256, 256)
   ours = _memory('chunked', shape, bias=bias)
   assert ours < _memory('reference', shape, bias=bias) / 16
@@ -261,8 +260,8 @@ def test_memory_of_a_shared_bias_gradient_is_the_biass_own():
   assert more < 1.1 * ours
 
 
-def test_blocks_that_the_mask_rules_out_are_not_computed():
-  def flops(mask):
+def test_fully_masked_tiles_are_skipped():
+  def count_tiles(mask):
     x = jax.ShapeDtypeStruct((1, 4096, 1, 8), jnp.float32)
     arguments = jax.eval_shape(lambda x: check(x, x, x, mask=mask), x)
     options = arguments[-1]
@@ -270,9 +269,9 @@ def test_blocks_that_the_mask_rules_out_are_not_computed():
     spans = find_spans(options.mask, 4096, 4096, tiles)
     return sum(last - first for first, *_, last in spans)
 
-  assert flops(None) == 256
-  assert flops(Mask.causal()) == 136
-  assert flops(Mask.causal() & Mask.window(left=255)) == 31
+  assert count_tiles(None) == 256
+  assert count_tiles(Mask.causal()) == 136
+  assert count_tiles(Mask.causal() & Mask.window(left=255)) == 31
 
 
 @pytest.mark.parametrize(
@@ -288,12 +287,12 @@ def test_blocks_that_the_mask_rules_out_are_not_computed():
   ],
 )
 @pytest.mark.parametrize('sizes', [(37, 37), (17, 41), (41, 17)])
-def test_blocks_called_whole_are_and_those_passed_over_are_empty(mask, sizes):
-  seen = np.broadcast_to(mask.to_array(*sizes), (1, 1, *sizes))[0, 0]
+def test_spans_match_the_mask(mask, sizes):
+  array = np.broadcast_to(mask.to_array(*sizes), (1, 1, *sizes))[0, 0]
   spans = find_spans(mask, *sizes, Tiles(1, 7, 5))
   for i, (first, whole, rest, last) in enumerate(spans):
     start = min(7 * i, sizes[0] - 7)
-    rows = seen[start : start + 7]
+    rows = array[start : start + 7]
     assert 0 <= first <= whole <= rest <= last
     assert not rows[:, : first * 5].any()
     assert not rows[:, last * 5 :].any()
@@ -303,7 +302,7 @@ def test_blocks_called_whole_are_and_those_passed_over_are_empty(mask, sizes):
   assert is_band == any(span.whole < span.rest for span in spans)
 
 
-def test_a_new_mask_of_the_same_kind_does_not_recompile():
+def test_new_mask_of_the_same_kind_does_not_recompile():
   traces = []
 
   @jax.jit
@@ -319,18 +318,18 @@ def test_a_new_mask_of_the_same_kind_does_not_recompile():
   assert len(traces) == 1
 
 
-def test_empty_axes_are_left_to_the_reference():
+def test_empty_axes_fall_back_to_the_reference():
   x = jnp.ones((0, 5, 2, 4))
   assert attention.dot_product_attention(x, x, x).shape == x.shape
-  with pytest.raises(NotImplementedError, match='chunked: an axis without'):
+  with pytest.raises(NotImplementedError, match='chunked: expected non-empty'):
     attention.dot_product_attention(x, x, x, implementation='chunked')
 
 
-def test_chunked_chooses_by_the_size_of_a_row():
-  def seen(length):
+def test_loop_is_selected_by_row_size():
+  def has_loop(length):
     x = jax.ShapeDtypeStruct((2, length, 2, 8), jnp.float32)
     text = jax.jit(lambda x: Chunked()(*check(x, x, x))).lower(x)
     return 'while' in text.as_text()
 
-  assert not seen(64)
-  assert seen(2048)
+  assert not has_loop(64)
+  assert has_loop(2048)

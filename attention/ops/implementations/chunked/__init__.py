@@ -1,15 +1,22 @@
-"""Attention in memory that grows with q + k, in plain XLA, on every platform.
+"""Attention in O(q + k) memory, in plain XLA, on every platform.
 
-Two shapes of work want two loops: many short sequences are computed some rows
-of the batch at a time (rows.py), few long ones in tiles of queries × keys
-(blocks.py); additive similarity some queries at a time (queries.py). In all,
-logits exist a piece at a time, forward and backward (Rabe & Staats 2021; Dao et
-al. 2022), a bias gets its gradient at its own size, and sums run in a fixed
-order: two runs give the same bits.
+There is one loop for each kind of input:
 
-Pieces are cut by platform. On CPUs they fit into caches. A GPU pays
-microseconds for every kernel that it starts, and a TPU for every trip of a
-loop: there pieces are few and large.
+- `BatchLoop` (batch_loop.py) handles many short sequences, a chunk of batch
+  rows at a time.
+- `TileLoop` (tile_loop.py) handles few long sequences, in tiles of queries ×
+  keys.
+- `QueryLoop` (query_loop.py) handles additive similarity, a chunk of queries at
+  a time.
+
+Each loop holds only one chunk of the logits in memory, forward and backward
+(Rabe & Staats 2021; Dao et al. 2022), and accumulates the gradient of a bias in
+an array of the bias's size. Accumulation order is fixed, so results are
+bitwise reproducible.
+
+Chunk sizes depend on the platform. On CPUs, a chunk fits in cache. Every kernel
+launch on a GPU and every loop iteration on a TPU costs microseconds, so chunks
+there are few and large.
 """
 
 import dataclasses
@@ -21,20 +28,20 @@ from attention.ops.implementations.chunked.tile_loop import TileLoop
 from attention.ops.implementations.chunked.tiles import Tiles
 from attention.ops.options import Options
 
-_CPU_ROW = 2**20  # logits of a row of the batch, 4 MiB, that caches hold
-_LARGE = 2**25  # logits of a piece elsewhere, 128 MiB
+_CPU_ROW = 2**20  # logits of one batch row that fit in cache: 4 MiB
+_ACCELERATOR_SIZE = 2**25  # logits per chunk on GPUs and TPUs: 128 MiB
 
 
 @dataclasses.dataclass(frozen=True)
 class Chunked(Implementation):
-  """Chooses the loop by shape."""
+  """Select a loop by similarity, platform and shape."""
 
-  is_cpu: bool = True  # pieces that caches hold; else few and large ones
+  is_cpu: bool = True  # small chunks that fit in cache, else few large ones
 
   def refusal(self, query, key, value, options: Options):
     del key, options
     if min(*query.shape, *value.shape) == 0:
-      return 'an axis without positions'
+      return 'expected non-empty axes, got one of size 0'
 
   def forward(self, query, key, value, options):
     return self._loop(query, key, options).forward(query, key, value, options)
@@ -47,9 +54,11 @@ class Chunked(Implementation):
     heads, queries, keys = query.shape[-2], query.shape[-3], key.shape[-3]
     row = heads * queries * keys
     if options.vector is not None:
-      return QueryLoop() if self.is_cpu else QueryLoop(size=_LARGE)
+      return QueryLoop() if self.is_cpu else QueryLoop(size=_ACCELERATOR_SIZE)
     if self.is_cpu:
       return BatchLoop() if row <= _CPU_ROW else TileLoop()
-    if row <= _LARGE:
-      return BatchLoop(forward_size=_LARGE, backward_size=_LARGE)
-    return TileLoop(Tiles.choose(heads, queries, keys, _LARGE))
+    if row <= _ACCELERATOR_SIZE:
+      return BatchLoop(
+        forward_size=_ACCELERATOR_SIZE, backward_size=_ACCELERATOR_SIZE
+      )
+    return TileLoop(Tiles.choose(heads, queries, keys, _ACCELERATOR_SIZE))

@@ -1,8 +1,8 @@
-"""Attention a few rows of the batch at a time, their logits kept in cache.
+"""Attention over a chunk of batch rows at a time, with the logits in cache.
 
-For many short sequences. The softmax's sums are computed anew in the backward
-pass, so nothing is saved but the inputs, and the gradient of a bias that the
-rows share is summed up on the way.
+This loop suits many short sequences. The backward pass recomputes the softmax,
+so the only residuals are the inputs, and accumulates the gradient of a bias
+that batch rows share as it goes.
 """
 
 import dataclasses
@@ -21,20 +21,20 @@ from attention.ops.implementations.base import (
 )
 from attention.ops.masks import LEAST, MASKED
 
-# Logits in cache at once: XLA on CPU fuses the forward pass into one kernel,
-# which is at its best at 8 MiB; the backward one, of several kernels, at 2 MiB.
+# Logits per chunk. On CPU, XLA fuses the forward pass into one kernel, which is
+# fastest at 8 MiB. The backward pass is several kernels, fastest at 2 MiB.
 _FORWARD_SIZE, _BACKWARD_SIZE = 2**21, 2**19
-_MANY_KEYS = 256  # from here on XLA's sum over them costs more than a product
-# Added to sums of exponentials, to divide by them: nothing beside the largest,
-# which is 1.
-_NOTHING = 1e-9
+_MANY_KEYS = 256  # from here on, XLA's sum over keys is slower than a matmul
+# Added to the softmax's denominator so that it is never zero. It is negligible
+# next to the largest exponential, which is 1.
+_EPSILON = 1e-9
 
 
 @dataclasses.dataclass(frozen=True)
 class BatchLoop(Implementation):
-  """Some rows of the batch at a time."""
+  """Loop over chunks of batch rows."""
 
-  forward_size: int = _FORWARD_SIZE  # logits at once
+  forward_size: int = _FORWARD_SIZE  # logits per chunk
   backward_size: int = _BACKWARD_SIZE
 
   def forward(self, query, key, value, options):
@@ -62,15 +62,15 @@ class BatchLoop(Implementation):
 
 
 def _count(query, key, size):
-  """Rows at a time: a divisor of all, with `size` logits or one row."""
+  """Rows per chunk: a divisor of the batch, up to `size` logits or one row."""
   row = query.shape[-2] * query.shape[-3] * key.shape[-3]
   return _divisor(math.prod(query.shape[:-3]), size // row)
 
 
-def _divisor(number, most):
-  """The largest divisor that is not above `most`, or 1."""
+def _divisor(number, limit):
+  """The largest divisor of `number` up to `limit`, or 1."""
   return max(
-    n for n in range(1, max(1, min(most, number)) + 1) if not number % n
+    n for n in range(1, max(1, min(limit, number)) + 1) if not number % n
   )
 
 
@@ -119,18 +119,20 @@ def _sum_queries(weights, x, groups):
 
 
 def _softmax(options, batch, row, query, key):
-  """The softmax before its division.
+  """Compute the softmax up to, but not including, its division.
 
   Returns:
-    exp [r, h, q, k], all 0 for a query that sees nothing; its sums with the
-    sink's [r, h, q], never 0; the sink's exponentials; the logits before the
-    bias (where capped).
+    A tuple of:
+      the exponentials [r, h, q, k], all 0 in a fully masked row;
+      the denominator [r, h, q], including the sinks and never 0;
+      the exponentials of the sinks, or None without sinks;
+      the logits after the cap and before the bias.
   """
   r, q = query.shape[:2]
   k = key.shape[1]
   if query.dtype == jnp.float32:
-    x = _products(query * options.scale, key)  # the query is smaller
-  else:  # where it would lose bits
+    x = _products(query * options.scale, key)  # cheaper: it has fewer entries
+  else:  # scaling the query in half precision would lose bits
     x = _products(query, key) * options.scale
   if options.logit_cap is not None:
     x = options.logit_cap * jnp.tanh(x / options.logit_cap)
@@ -140,29 +142,29 @@ def _softmax(options, batch, row, query, key):
   if options.mask is not None:
     mask = options.mask.rows(batch, row, r).tile(0, q, 0, k)
     mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
-    # A sum, which XLA fuses with what comes after; a select it would not.
+    # Adding the mask fuses with the operations that follow; a select does not.
     logits = logits + jnp.where(mask, 0.0, MASKED)
   top = jnp.maximum(logits.max(-1), LEAST)
   if options.sinks is None:
     exp = jnp.exp(logits - top[..., None])
-    return exp, exp.sum(-1) + _NOTHING, None, x
+    return exp, exp.sum(-1) + _EPSILON, None, x
   sinks = options.sinks.astype(jnp.float32)[:, None]
   top = jnp.maximum(top, sinks)
   exp, sink_exp = jnp.exp(logits - top[..., None]), jnp.exp(sinks - top)
   return exp, exp.sum(-1) + sink_exp, sink_exp, x
 
 
-def _factor(options, row, shape):
+def _dropout_factor(options, row, shape):
   r, h, q, k = shape
   rows = (row + jnp.arange(r))[:, None] * h + jnp.arange(h)
   return options.dropout.factor(rows, 0, q, 0, k)
 
 
 def _row_step(options, batch, row, query, key, value):
-  """The output of some rows, [r, q, h, e]."""
+  """The output of a chunk of rows, [r, q, h, e]."""
   exp, total, _, _ = _softmax(options, batch, row, query, key)
   if options.dropout is not None:
-    exp = exp * _factor(options, row, exp.shape)
+    exp = exp * _dropout_factor(options, row, exp.shape)
   output = _sum_keys(exp, value) / total[..., None]
   return output.swapaxes(1, 2).astype(query.dtype)
 
@@ -173,25 +175,25 @@ def _per_query(x):
 
 
 def _row_gradients(options, batch, row, query, key, value, d_output):
-  """Gradients of some rows' query, key and value, logits and sinks."""
+  """Gradients of a chunk of rows: (query, key, value), logits and sinks."""
   groups = key.shape[2]
   exp, total, sink_exp, x = _softmax(options, batch, row, query, key)
-  # Barriers cut the work where XLA would compute things again for each reader,
-  # or put all of it into one kernel that runs on one core.
+  # Without these barriers, XLA recomputes values for each consumer, or fuses
+  # everything into a single kernel that runs on one core.
   exp, total = lax.optimization_barrier((exp, total))
   inverse = 1 / total
-  # The softmax's division goes to the output's gradient, which is smaller than
-  # the weights (in float32: it would underflow in float16).
+  # Divide the output's gradient by the softmax's denominator, as it is smaller
+  # than the weights. It is float32 here: it would underflow in float16.
   d_output, used = _per_query(inverse) * d_output, exp
   if options.dropout is not None:
-    factor = _factor(options, row, exp.shape)
+    factor = _dropout_factor(options, row, exp.shape)
     used = exp * factor
   d_weights = _products(d_output, value)
   if options.dropout is not None:
     d_weights = d_weights * factor
   if key.shape[1] < _MANY_KEYS:
     delta = (exp * d_weights).sum(-1) * inverse
-  else:  # the same from the output (Dao et al. 2022), of which there is less
+  else:  # equal, from the smaller output (Dao et al. 2022)
     output = _sum_keys(used, value).swapaxes(1, 2) * _per_query(inverse)
     delta = (d_output * output).sum(-1).swapaxes(1, 2)
   d_logits = exp * (d_weights - delta[..., None])
@@ -212,18 +214,18 @@ def _row_gradients(options, batch, row, query, key, value, d_output):
 
 
 def _scan(step, carry, arrays, count, unroll=1):
-  """Folds over row blocks; one block needs no loop, and its start is static."""
+  """Scan over chunks of rows; a single chunk runs unlooped, at a static row."""
   total = len(arrays[0])
   if count == total:
     return step(carry, 0, *arrays)
 
   def body(carry, row):
-    blocks = [lax.dynamic_slice_in_dim(x, row, count) for x in arrays]
-    return step(carry, row, *blocks)
+    chunks = [lax.dynamic_slice_in_dim(x, row, count) for x in arrays]
+    return step(carry, row, *chunks)
 
   starts = np.arange(0, total, count, dtype=np.int32)
-  carry, blocks = lax.scan(body, carry, jnp.asarray(starts), unroll=unroll)
-  return carry, jax.tree.map(lambda x: x.reshape(total, *x.shape[2:]), blocks)
+  carry, chunks = lax.scan(body, carry, jnp.asarray(starts), unroll=unroll)
+  return carry, jax.tree.map(lambda x: x.reshape(total, *x.shape[2:]), chunks)
 
 
 def _backward(count, query, key, value, options, d_output):
@@ -236,14 +238,16 @@ def _backward(count, query, key, value, options, d_output):
 
   def step(carry, row, *inputs):
     d_bias, d_sinks = carry
-    grads, d_logits, more = _row_gradients(options, batch, row, *inputs)
+    grads, d_logits, d_chunk_sinks = _row_gradients(
+      options, batch, row, *inputs
+    )
     if d_bias is not None:
       d_bias = options.bias.add_gradient(d_bias, d_logits, batch, row, 0, 0)
     if d_sinks is not None:
-      d_sinks = d_sinks + more
+      d_sinks = d_sinks + d_chunk_sinks
     return (d_bias, d_sinks), grads
 
-  # Two steps at once: kernels of one fill the gaps that the other leaves.
+  # Unroll by two, so that the kernels of one step fill the gaps in the other.
   (d_bias, d_sinks), grads = _scan(
     step,
     (zero_bias, zero_sinks),

@@ -1,7 +1,7 @@
-"""Attention in blocks of queries × keys, for few long sequences.
+"""Attention in tiles of queries × keys, for few long sequences.
 
-The softmax runs along the blocks of keys (Milakov & Gimelshein 2018; Dao et al.
-2022); blocks that the mask rules out are passed over.
+The softmax is accumulated online over key blocks (Milakov & Gimelshein 2018;
+Dao et al. 2022). Fully masked tiles are skipped.
 """
 
 import dataclasses
@@ -27,9 +27,9 @@ from attention.ops.masks import LEAST, MASKED
 
 @dataclasses.dataclass(frozen=True)
 class TileLoop(Implementation):
-  """Tiles of queries × keys."""
+  """Loop over tiles of queries × keys."""
 
-  tiles: Tiles | None = None  # chosen by shape
+  tiles: Tiles | None = None  # by default, chosen by shape
 
   def forward(self, query, key, value, options):
     *batch, num_query, num_heads, _ = query.shape
@@ -72,14 +72,14 @@ class TileLoop(Implementation):
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-  """The static part of the work."""
+  """Everything about the loops that is static under `jit`."""
 
   batch: tuple
   num_query: int
   num_key: int
   num_groups: int
   tiles: Tiles
-  spans: tuple  # for each block of queries, the `Span` of keys it meets
+  spans: tuple  # the `Span` of key blocks for each query block
 
   @property
   def row_starts(self):
@@ -88,28 +88,31 @@ class _Plan:
 
 @dataclasses.dataclass(frozen=True)
 class _Tile:
-  """Where a tile lies. Starts may be traced.
+  """The position of a tile; its starts may be traced.
 
-  Blocks at the ragged end begin earlier, so that all have one size; what they
-  share with the block before counts there alone.
+  All blocks have the same size, so a ragged last one starts early and overlaps
+  its predecessor. Overlapping positions are counted only once.
   """
 
   row: object
   query: object
   key: object
-  key_done: object  # keys below it belong to the block before; None: none
-  is_whole: bool  # all queries see all keys
+  new_key: object  # earlier keys belong to the previous block; None: no overlap
+  is_whole: bool  # no query-key pair is masked
 
 
 def _block(number, size, length):
-  """Start of a block, and below which positions it repeats the one before."""
+  """A block's start, and its first position past the previous block's.
+
+  The second is None if the block never overlaps its predecessor.
+  """
   if length % size == 0:
     return number * size, None
   return jnp.minimum(number * size, length - size), number * size
 
 
 def _take_queries(plan, start, *arrays):
-  """Blocks of [r, q, h, …], heads beside the batch: [r, g, p, q, …]."""
+  """Slice a query block from each array: [r, q, h, …] → [r, g, p, q, …]."""
   blocks = (
     batching.take_block(x, start, plan.tiles.queries, 1).swapaxes(1, 2)
     for x in arrays
@@ -118,12 +121,12 @@ def _take_queries(plan, start, *arrays):
 
 
 def _query_block(x, dtype):
-  """[r, g, p, q, …], as `_take_queries` gives it → [r, q, h, …]."""
+  """Undo the layout of `_take_queries`: [r, g, p, q, …] → [r, q, h, …]."""
   return x.reshape(len(x), -1, *x.shape[3:]).swapaxes(1, 2).astype(dtype)
 
 
 def _take_keys(plan, start, *arrays):
-  """Blocks of [r, k, g, c], heads beside the batch: [r, g, k, c]."""
+  """Slice a key block from each array: [r, k, g, c] → [r, g, k, c]."""
   blocks = (batching.take_block(x, start, plan.tiles.keys, 1) for x in arrays)
   return [x.swapaxes(1, 2) for x in blocks]
 
@@ -153,7 +156,7 @@ def _sum_keys(weights, value):
 
 
 def _logits(plan, options, query, key, tile):
-  """A tile's logits in float32, [r, g, p, q, k], and before cap and bias."""
+  """A tile's logits, float32 [r, g, p, q, k], and those before the bias."""
   x = _products(query, key)
   r, g, _, q, k = x.shape
   x = x * options.scale
@@ -162,41 +165,41 @@ def _logits(plan, options, query, key, tile):
     capped = options.logit_cap * jnp.tanh(x / options.logit_cap)
   y = capped
   if options.bias is not None:
-    y = y + _per_head(
+    y = y + _split_heads(
       options.bias.tile(plan.batch, tile.row, r, tile.query, q, tile.key, k), g
     )
   if tile.is_whole:
     return y, capped
-  seen = None
+  allowed = None
   if options.mask is not None:
-    seen = options.mask.rows(plan.batch, tile.row, r)
-    seen = _per_head(seen.tile(tile.query, q, tile.key, k), g)
-  if tile.key_done is not None:
-    fresh = tile.key + jnp.arange(k) >= tile.key_done
-    seen = fresh if seen is None else seen & fresh
-  if seen is not None:
-    # A sum, which XLA fuses into the exponential's kernel; a select it doesn't.
-    y = y + jnp.where(seen, 0.0, MASKED)
+    mask = options.mask.rows(plan.batch, tile.row, r)
+    allowed = _split_heads(mask.tile(tile.query, q, tile.key, k), g)
+  if tile.new_key is not None:
+    is_new = tile.key + jnp.arange(k) >= tile.new_key
+    allowed = is_new if allowed is None else allowed & is_new
+  if allowed is not None:
+    # Adding the mask fuses with the exponential; a select does not.
+    y = y + jnp.where(allowed, 0.0, MASKED)
   return y, capped
 
 
-def _per_head(x, g):
+def _split_heads(x, g):
   """[…, h or 1, q, k] → [r or 1, g or 1, h / g or 1, q, k] in float32."""
   x = x.reshape((1,) * (4 - x.ndim) + x.shape)
   groups = g if x.shape[1] > 1 else 1
   return x.reshape(x.shape[0], groups, -1, *x.shape[2:])
 
 
-def _dropped(plan, options, shape, tile):
-  """Factors that drop weights, of the shape of a tile's logits."""
+def _dropout_factor(plan, options, shape, tile):
+  """Dropout's factors for a tile's attention weights, of the given shape."""
   r, g, p, q, k = shape
   rows = (tile.row + jnp.arange(r))[:, None] * (g * p) + jnp.arange(g * p)
   factor = options.dropout.factor(rows, tile.query, q, tile.key, k)
   return factor.reshape(shape)
 
 
-def _absorb(plan, options, carry, query, key, value, tile):
-  """Adds a tile of keys to a running softmax (top, total, sum of values)."""
+def _update_softmax(plan, options, carry, query, key, value, tile):
+  """Add a tile to the online softmax (top, total, weighted sum of values)."""
   old_top, total, values = carry
   logits, _ = _logits(plan, options, query, key, tile)
   top = jnp.maximum(old_top, logits.max(-1))
@@ -204,27 +207,28 @@ def _absorb(plan, options, carry, query, key, value, tile):
   exp = jnp.exp(logits - top[..., None])
   total = total * shrink + exp.sum(-1)
   if options.dropout is not None:
-    exp = exp * _dropped(plan, options, exp.shape, tile)
+    exp = exp * _dropout_factor(plan, options, exp.shape, tile)
   values = values * shrink[..., None] + _sum_keys(exp, value)
   return top, total, values
 
 
 def _finish(options, top, total, values):
-  """Output, and the denominator's logarithm as `top` and what is above it.
+  """Return the output, and the log of the softmax's denominator as two terms.
 
-  The two apart: beside a `top` of -1e9, as some biases make it, the rest would
-  be lost.
+  The terms are `top` and the remainder. They stay separate because a bias can
+  push `top` to -1e9, where adding the remainder would round it away.
   """
   if options.sinks is not None:
     sinks = options.sinks.astype(jnp.float32).reshape(*top.shape[1:3], 1)
     total = total + jnp.exp(sinks - top)
-  # Nothing seen: an infinite denominator, so zero weights, here and backwards.
+  # An infinite denominator zeroes the weights of fully masked rows in both
+  # passes.
   total = jnp.where(total > 0, total, jnp.inf)
   return values / total[..., None], top, jnp.log(total)
 
 
 def _fold_keys(step, carry, plan, block):
-  """Folds step(is_whole, number, carry) over the keys' blocks that are seen."""
+  """Fold step(is_whole, number, carry) over the key blocks in the span."""
   span = Span(*np.array(plan.spans, np.int32).T)
   for first, last, is_whole in (
     (span.first, span.whole, False),
@@ -240,7 +244,7 @@ def _fold_keys(step, carry, plan, block):
 
 
 def _fold(step, carry, starts):
-  """Folds step(carry, start); a single one is unwrapped, its start static."""
+  """Fold step(carry, start); a single step runs unlooped, at a static start."""
   if len(starts) == 1:
     return step(carry, int(starts[0]))
   starts = jnp.asarray(starts)
@@ -252,7 +256,7 @@ def _take_row_block(plan, start, *arrays):
 
 
 def _forward(plan, query, key, value, options):
-  """Output [r, q, h, e] and, as `_finish` has them, two [r, q, h]."""
+  """The output [r, q, h, e], and the two terms of `_finish`, each [r, q, h]."""
   shape = query.shape[:-1]
   zeros = (
     jnp.zeros((*shape, value.shape[-1]), query.dtype),
@@ -268,16 +272,16 @@ def _forward(plan, query, key, value, options):
       (q,) = _take_queries(plan, start, rows[0])
 
       def key_step(is_whole, number, carry):
-        at, key_done = _block(number, plan.tiles.keys, plan.num_key)
+        at, new_key = _block(number, plan.tiles.keys, plan.num_key)
         k, v = _take_keys(plan, at, *rows[1:])
-        tile = _Tile(row, start, at, key_done, is_whole)
-        return _absorb(plan, options, carry, q, k, v, tile)
+        tile = _Tile(row, start, at, new_key, is_whole)
+        return _update_softmax(plan, options, carry, q, k, v, tile)
 
       top = jnp.full(q.shape[:-1], LEAST)
-      nothing = jnp.zeros((*top.shape, value.shape[-1]))
-      softmax = (top, jnp.zeros_like(top), nothing)
+      values = jnp.zeros((*top.shape, value.shape[-1]))
+      softmax = (top, jnp.zeros_like(top), values)
       blocks = _finish(options, *_fold_keys(key_step, softmax, plan, number))
-      # What a ragged end computes twice is the same twice.
+      # Overlapping queries are written twice, with identical values.
       return tuple(
         batching.put_block(whole, _query_block(x, whole.dtype), (row, start))
         for whole, x in zip(carry, blocks, strict=True)
@@ -292,32 +296,32 @@ def _backward(
   plan, query, key, value, options, output, top, log_total, d_output
 ):
   f32 = jnp.float32
-  # Each query's Σ weight · d_weight, from its output alone (Dao et al. 2022).
+  # Each query's Σ weight · d_weight, from its output (Dao et al. 2022).
   delta = (d_output.astype(f32) * output.astype(f32)).sum(-1)
 
   def row_step(carry, row):
-    all_k, all_v, *of_queries = _take_row_block(
+    all_k, all_v, *per_query = _take_row_block(
       plan, row, key, value, query, d_output, top, log_total, delta
     )
 
     def query_step(carry, number):
-      start, done = _block(number, plan.tiles.queries, plan.num_query)
-      q, d_out, *softmax = _take_queries(plan, start, *of_queries)
-      # What is summed over queries has them last; a barrier, or XLA would undo
-      # it and CPUs take a slower product.
+      start, new_query = _block(number, plan.tiles.queries, plan.num_query)
+      q, d_out, *softmax = _take_queries(plan, start, *per_query)
+      # Put the queries last in operands contracted over queries. Without the
+      # barrier, XLA undoes the transpose and CPUs use a slower matmul.
       q_t, d_out_t = lax.optimization_barrier(
         tuple(jnp.moveaxis(x, -1, 2) for x in (q, d_out))
       )
-      if done is not None:
-        # Queries of the block before: weights of zero.
-        fresh = start + jnp.arange(plan.tiles.queries) >= done
-        softmax[1] = jnp.where(fresh, softmax[1], jnp.inf)
+      if new_query is not None:
+        # Zero the weights of queries that belong to the previous block.
+        is_new = start + jnp.arange(plan.tiles.queries) >= new_query
+        softmax[1] = jnp.where(is_new, softmax[1], jnp.inf)
 
       def key_step(is_whole, number, carry):
         dq, dk, dv, d_bias = carry
-        at, key_done = _block(number, plan.tiles.keys, plan.num_key)
+        at, new_key = _block(number, plan.tiles.keys, plan.num_key)
         k, v = _take_keys(plan, at, all_k, all_v)
-        tile = _Tile(row, start, at, key_done, is_whole)
+        tile = _Tile(row, start, at, new_key, is_whole)
         used, d_logits, d_products = _tile_gradients(
           plan, options, q, k, v, d_out, *softmax, tile
         )
@@ -360,16 +364,16 @@ def _backward(
 
 
 def _tile_gradients(plan, options, q, k, v, d_out, top, log_total, delta, tile):
-  """A tile's weights as used, and gradients of its logits and products.
+  """A tile's weights after dropout, and gradients of its logits and products.
 
-  The products' gradient is the one after scaling.
+  The products' gradient is with respect to the scaled products.
   """
   logits, capped = _logits(plan, options, q, k, tile)
   weights = jnp.exp(logits - top[..., None] - log_total[..., None])
   d_weights = _products(d_out, v)
   used = weights
   if options.dropout is not None:
-    factor = _dropped(plan, options, weights.shape, tile)
+    factor = _dropout_factor(plan, options, weights.shape, tile)
     used, d_weights = weights * factor, d_weights * factor
   d_products = d_logits = weights * (d_weights - delta[..., None])
   if options.logit_cap is not None:
@@ -378,7 +382,7 @@ def _tile_gradients(plan, options, q, k, v, d_out, top, log_total, delta, tile):
 
 
 def _sum_queries(weights, x):
-  """Over queries and heads that share a key: [r, g, c, p, q] → [r, k, g, c]."""
+  """Contract queries and shared heads: [r, g, c, p, q] → [r, k, g, c]."""
   r, g, p, q, k = weights.shape
   sums = jnp.einsum(
     'rgcq,rgqk->rgck',

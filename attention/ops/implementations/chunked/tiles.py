@@ -1,17 +1,17 @@
-"""How the work of long sequences is cut, and what a mask leaves of it."""
+"""Tile sizes for long sequences, and the tiles that a mask leaves."""
 
 import dataclasses
 import math
 from typing import NamedTuple
 
-_SIZE = 2**19  # logits in a tile: 2 MiB, which caches hold
+_SIZE = 2**19  # logits per tile: 2 MiB, which fits in cache
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-  """How the work is cut; chosen by shape, given for experiments only."""
+  """Tile sizes, normally chosen by shape; pass them only to experiment."""
 
-  rows: int  # of the flattened batch; divides it
+  rows: int  # of the flattened batch; divides their number
   queries: int
   keys: int
 
@@ -27,24 +27,31 @@ class Tiles:
 
 
 class Span(NamedTuple):
-  """Blocks of keys by their numbers, each part up to where the next begins."""
+  """Key blocks that a query block attends to, as the boundaries of three runs.
 
-  first: int  # some queries see some keys
-  whole: int  # all queries see all keys
-  rest: int  # some again see some
-  last: int  # the first that is not in it
+  Block numbers in [first, whole) and [rest, last) are partly masked; those in
+  [whole, rest) are not masked at all.
+  """
+
+  first: int
+  whole: int
+  rest: int
+  last: int
 
 
 def find_spans(mask, num_query, num_key, tiles):
-  """The `Span` that each block of queries meets.
+  """Return the `Span` of key blocks that each query block attends to.
 
-  Blocks have one size: a ragged last one begins earlier.
+  All blocks have the same size, so a ragged last one starts early.
 
   Args:
     mask: a `Mask`, or None.
-    num_query: positions in all, as num_key.
-    num_key: see above.
-    tiles: how they are cut.
+    num_query: total number of queries.
+    num_key: total number of keys.
+    tiles: the block sizes, as `Tiles`.
+
+  Returns:
+    A tuple of `Span`s, one for each query block.
   """
   low, high = (None, None) if mask is None else mask.diagonals()
   is_exact = mask is None or mask.is_band
