@@ -1,4 +1,4 @@
-"""Trains what a config says: python train.py --config=FILE --workdir=DIR."""
+"""Train a config: python train.py --config=FILE --workdir=DIR."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""python -m attention COMMAND: use a run, count, check.
+"""Use trained models, estimate a config's cost, and check the installation.
 
 Commands: sample, translate, evaluate, plot, inspect, doctor.
 """
@@ -17,7 +17,7 @@ from attention.data import translation
 from attention.ops.platforms import PLATFORMS
 from attention.training import command_line, tasks, trained, translate_lines
 from attention.training.devices import catalogue, report
-from attention.training.main import complain, set_up_jax
+from attention.training.main import print_error, set_up_jax
 from attention.training.reporting import model_summary
 from attention.training.workdir import run_files
 
@@ -25,7 +25,7 @@ _STRATEGIES = ('temperature', 'top_k', 'top_p', 'min_p', 'repetition_penalty')
 
 
 def main(argv: list[str] | None = None) -> int:
-  """Runs a command; returns the exit status: 2 for a mistake of the user's."""
+  """Run a command; returns the exit status, 2 for a usage error."""
   parser = _parser()
   arguments, rest = parser.parse_known_args(argv)
   if rest and arguments.run is not inspect:
@@ -34,15 +34,15 @@ def main(argv: list[str] | None = None) -> int:
   try:
     return arguments.run(arguments)
   except BrokenPipeError:
-    # Whoever read has enough; there is nobody to tell.
+    # The reader has closed the pipe; suppress errors of the final flush.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1
   except (ValueError, OSError, NotImplementedError) as error:
-    return complain(error)
+    return print_error(error)
 
 
 def sample(arguments) -> int:
-  """Prints the prompt and what a run's model writes after it, as it comes."""
+  """Continue a prompt with a run's model, printing text as it is sampled."""
   task, params = _open(arguments, 'language')
   for text in task.stream(
     params,
@@ -57,7 +57,7 @@ def sample(arguments) -> int:
 
 
 def translate(arguments) -> int:
-  """Reads lines, and prints the answers of a run's model, one a line."""
+  """Translate lines from standard input with a run's model."""
   task, params = _open(arguments, 'translation')
   num_refused = translate_lines.answer_lines(
     task,
@@ -71,7 +71,7 @@ def translate(arguments) -> int:
 
 
 def evaluate(arguments) -> int:
-  """Measures a run's model on what its config holds out, or on given files."""
+  """Evaluate a run's model on its held-out data, or on given files."""
   files = arguments.source, arguments.target
   if files == (None, None):
     set_up_jax()
@@ -99,11 +99,11 @@ def evaluate(arguments) -> int:
 
 
 def plot(arguments) -> int:
-  """Draws what a run's model attends to in a text, as pictures and a page."""
+  """Draw a model's attention patterns in a text, as images and a web page."""
   workdir = pathlib.Path(arguments.workdir)
   task, params = _open(arguments)
   if not hasattr(task, 'patterns'):
-    raise ValueError(f'{workdir}: its task reads no text')
+    raise ValueError(f'{workdir}: its task does not read text')
   found = task.patterns(
     params,
     arguments.text,
@@ -144,12 +144,12 @@ def plot(arguments) -> int:
 
 
 def inspect(arguments) -> int:
-  """Counts a config's parameters, FLOPs and memory; --config.key=value too."""
+  """Report the parameters, FLOPs and memory of a config's model."""
   words = [f'--config={arguments.config}', *arguments.rest, '--workdir=unused']
   config = command_line.parse(['inspect', *words]).config
   if arguments.device is None:
     if arguments.decode:
-      raise ValueError('--decode: expected --device=… too')
+      raise ValueError('--decode: requires --device=…')
     print(model_summary.inspect(config, tasks.create(config)))
     return 0
   target = catalogue.find(arguments.device)
@@ -165,7 +165,7 @@ def inspect(arguments) -> int:
 
 
 def doctor(_) -> int:
-  """Prints versions, devices, and what attention dispatches to."""
+  """Print versions, devices and the implementations attention dispatches to."""
   for name, version in run_files.versions().items():
     print(f'{name:<18}{version}')
   print(f'{"backend":<18}{jax.default_backend()}')
@@ -173,14 +173,14 @@ def doctor(_) -> int:
     print(f'{"device":<18}{device.id}: {device.device_kind}')
   for dtype in (jnp.float32, jnp.bfloat16):
     x = jax.ShapeDtypeStruct((8, 1024, 8, 64), dtype)
-    told = attention.explain(x, x, x, is_causal=True)
-    print(f'\nattention of {jnp.dtype(dtype).name} [8, 1024, 8, 64], causal:')
-    for implementation, reason in told:
+    reasons = attention.explain(x, x, x, is_causal=True)
+    print(f'\ncausal attention, {jnp.dtype(dtype).name} [8, 1024, 8, 64]:')
+    for implementation, reason in reasons:
       print(f'  {implementation:<16}{reason}')
   print('\nthe same in bfloat16, by platform:')
   for platform in PLATFORMS:
-    told = attention.explain(x, x, x, is_causal=True, platform=platform)
-    chosen = [name for name, reason in told if reason == 'chosen']
+    reasons = attention.explain(x, x, x, is_causal=True, platform=platform)
+    chosen = [name for name, reason in reasons if reason == 'chosen']
     print(f'  {platform:<16}{chosen[0]}')
   return 0
 
@@ -196,12 +196,12 @@ def _numbers(words: str | None):
     return None if words is None else [int(w) for w in words.split(',')]
   except ValueError:
     raise ValueError(
-      f'heads: expected numbers with commas between, got {words!r}'
+      f'heads: expected comma-separated numbers, got {words!r}'
     ) from None
 
 
 def _open(arguments, kind=None):
-  """A run's task without data, and its parameters."""
+  """Load a run's task without its data, and its parameters."""
   set_up_jax()
   return trained.load(arguments.workdir, kind)
 
@@ -212,65 +212,91 @@ def _parser():
 
   add = commands.add_parser('sample', help=sample.__doc__)
   add.add_argument('--workdir', required=True, help='folder of the run')
-  add.add_argument('--prompt', default='\n', help='text to begin with')
-  add.add_argument('--num_tokens', type=int, default=400)
+  add.add_argument('--prompt', default='\n', help='text to continue')
   add.add_argument(
-    '--temperature', type=float, default=0.8, help='0: the likeliest token'
-  )
-  add.add_argument('--top_k', type=int, help='draw among the k likeliest')
-  add.add_argument(
-    '--top_p', type=float, help='draw among the fewest that reach p together'
+    '--num_tokens',
+    type=int,
+    default=400,
+    help='number of tokens to generate (default: 400)',
   )
   add.add_argument(
-    '--min_p', type=float, help="draw among those with p × the likeliest's"
+    '--temperature',
+    type=float,
+    default=0.8,
+    help='sampling temperature; 0 decodes greedily (default: 0.8)',
+  )
+  add.add_argument(
+    '--top_k', type=int, help='sample from the k most likely tokens'
+  )
+  add.add_argument(
+    '--top_p',
+    type=float,
+    help='sample from the smallest set of tokens with total probability p',
+  )
+  add.add_argument(
+    '--min_p',
+    type=float,
+    help='sample from tokens with at least p times the highest probability',
   )
   add.add_argument(
     '--repetition_penalty', type=float, help='above 1: fewer repetitions'
   )
-  add.add_argument('--seed', type=int, default=0)
+  add.add_argument(
+    '--seed', type=int, default=0, help='random seed (default: 0)'
+  )
   add.set_defaults(run=sample)
 
   add = commands.add_parser('translate', help=translate.__doc__)
   add.add_argument('--workdir', required=True, help='folder of the run')
-  add.add_argument('--beam_size', type=int, default=5, help='1: greedily')
+  _add_beam_size(add)
   add.set_defaults(run=translate)
 
   add = commands.add_parser('evaluate', help=evaluate.__doc__)
   add.add_argument('--workdir', required=True, help='folder of the run')
-  add.add_argument('--source', help='a file of lines, plain or gzip')
-  add.add_argument('--target', help='their translations, line by line')
-  add.add_argument('--beam_size', type=int, default=5, help='1: greedily')
+  add.add_argument('--source', help='file of source lines, plain or gzip')
+  add.add_argument('--target', help='file of their translations, line by line')
+  _add_beam_size(add)
   add.set_defaults(run=evaluate)
 
   add = commands.add_parser('plot', help=plot.__doc__)
   add.add_argument('--workdir', required=True, help='folder of the run')
-  add.add_argument('--text', required=True, help='what the model reads')
-  add.add_argument('--layers', help='numbers or paths, as 0,2; all by default')
-  add.add_argument('--heads', help='numbers, as 0,3; all by default')
+  add.add_argument('--text', required=True, help='input text of the model')
+  add.add_argument(
+    '--layers', help='numbers or paths, such as 0,2 (default: all)'
+  )
+  add.add_argument('--heads', help='numbers, such as 0,3 (default: all)')
   add.add_argument(
     '--queries_as',
     default='rows',
-    help='rows or columns, in the picture of a single pattern: the first head '
-    'asked for, of the lowest layer asked for',
+    help='rows or columns, in the image of a single pattern, which shows the '
+    'first selected head of the lowest selected layer (default: rows)',
   )
-  add.add_argument('--out', help="folder for the files; the run's plots/")
+  add.add_argument(
+    '--out', help="folder for the files (default: the run's plots/)"
+  )
   add.set_defaults(run=plot)
 
   add = commands.add_parser('inspect', help=inspect.__doc__)
-  add.add_argument('--config', required=True, help='file of the config')
   add.add_argument(
-    '--device',
-    help='compiles the training step for h100, a100:8, v5e:4x4, …, none of '
-    'which has to be attached, and tells what it takes of a device',
+    '--config',
+    required=True,
+    help='config file; --config.KEY=VALUE overrides its keys',
   )
   add.add_argument(
-    '--decode', action='store_true', help='writing instead of training'
+    '--device',
+    help='compile the training step for h100, a100:8, v5e:4x4, …, which need '
+    'not be attached, and report its memory and operations per device',
+  )
+  add.add_argument(
+    '--decode',
+    action='store_true',
+    help='compile decoding instead of training',
   )
   add.add_argument(
     '--seconds',
     type=float,
     default=50,
-    help='within which other batches are compiled, to find the largest',
+    help='time budget for finding the largest batch that fits (default: 50)',
   )
   add.set_defaults(run=inspect)
 
@@ -279,8 +305,17 @@ def _parser():
   return parser
 
 
+def _add_beam_size(parser):
+  parser.add_argument(
+    '--beam_size',
+    type=int,
+    default=5,
+    help='beam size; 1 decodes greedily (default: 5)',
+  )
+
+
 class _Parser(argparse.ArgumentParser):
-  """Answers a mistake in one line."""
+  """A parser that reports a usage error in one line."""
 
   def error(self, message):
     self.exit(2, f'error: {message} (see {self.prog} --help)\n')

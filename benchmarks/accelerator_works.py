@@ -1,4 +1,4 @@
-"""What accelerators.py measures: works, and the peers that compute them."""
+"""Workloads of accelerators.py, and the peers that compute them."""
 
 import dataclasses
 import functools
@@ -19,38 +19,39 @@ from attention.training import command_line, tasks
 from attention.training.optimization import optimizers, precision, step
 
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
-# Query [b, t, h, d]. 'pair': a bias [h, t, t] for all rows, key lengths.
+# Query shapes [b, t, h, d]. 'pair' has a bias [h, t, t] shared by all batch
+# rows, and key lengths; the others are causal.
 ATTENTION = {
   'pair256': (256, 256, 4, 32),
   'pair384': (384, 384, 4, 32),
   'pair512': (512, 512, 4, 32),
   'causal4096': (1, 4096, 4, 64),
-  'gpt2_layer': (8, 1024, 12, 64),  # causal
+  'gpt2_layer': (8, 1024, 12, 64),
 }
 NAMES = (*ATTENTION, 'evoformer', 'gpt2_step')
-_WIDTHS = 256, 128  # AlphaFold's, of the alignment and of the pairs
+_WIDTHS = 256, 128  # AlphaFold's MSA and pair channels
 
 
 @dataclasses.dataclass(frozen=True)
 class Peer:
-  """One way to compute a work."""
+  """One way to compute a workload."""
 
   function: Callable  # (*inputs, *given) -> output, shaped like inputs[0]
-  arrange: Callable = lambda tree: tree  # inputs, or their gradients, for it
+  arrange: Callable = lambda tree: tree  # converts inputs or their gradients
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-  """What peers compute, on which arrays."""
+  """A workload: the arrays, and the peers that compute with them."""
 
-  draw: Callable  # () -> (inputs, what else is given)
+  draw: Callable  # () -> (inputs to differentiate, other arguments)
   peers: dict  # Peers by name, ours first
   passes: tuple = ('forward', 'gradient')
-  exact: Peer | None = None  # what errors are measured from, in float32
-  repeats: int = 20  # in one program; an even number
+  exact: Peer | None = None  # the reference for errors, run in float32
+  repeats: int = 20  # repetitions per program; an even number
 
   def arrays(self, peer: Peer):
-    """(inputs, given, the output's gradient), as the peer takes them."""
+    """Return (inputs, given, output's cotangent) in the peer's layout."""
     inputs, given = self.draw()
     inputs, cotangent = peer.arrange(inputs), None
     if 'gradient' in self.passes:
@@ -58,7 +59,7 @@ class Work:
     return inputs, given, cotangent
 
   def once(self, peer: Peer, name: str):
-    """(inputs, given, cotangent) -> (output, gradients of the inputs)."""
+    """Make (inputs, given, cotangent) -> (output, gradients of the inputs)."""
 
     def forward(inputs, given, cotangent):
       return peer.function(*inputs, *given), ()
@@ -70,7 +71,7 @@ class Work:
     return gradient if name == 'gradient' else forward
 
   def program(self, peer: Peer, name: str):
-    """The pass alone: (inputs, given, cotangent) -> its results."""
+    """Make a single pass: (inputs, given, cotangent) -> results."""
     once = self.once(peer, name)
 
     def run(*arrays):
@@ -80,17 +81,18 @@ class Work:
     return run
 
   def repeated(self, peer: Peer, name: str):
-    """`repeats` passes, each output the next one's first input.
+    """Make a loop of `repeats` passes; each output is the next first input.
 
-    Nothing can be left out or moved out of the loop. Two forward passes an
-    iteration save a copy: the output lies where the last input was. Of two
-    gradients the first would never be used, nor computed.
+    XLA can neither drop a pass nor hoist work out of the loop. Unrolling two
+    forward passes per iteration saves a copy, because the result ends up in the
+    input's buffer. Gradient passes are not unrolled: the first of two gradients
+    would be unused, so XLA would not compute it.
     """
     once = self.once(peer, name)
 
     def run(carry, others, given, cotangent):
       def body(_, carry):
-        # As if all were new, or what doesn't change would be computed once.
+        # Make the arrays opaque, or loop-invariant work would be hoisted.
         arrays = (carry[0], *others), given, cotangent
         return once(*jax.lax.optimization_barrier(arrays))
 
@@ -101,7 +103,7 @@ class Work:
 
 
 def create(name: str, scale: int = 1) -> Work:
-  """The work of that name, its lengths divided by `scale`."""
+  """Create a workload by name, with its lengths divided by `scale`."""
   if name in ATTENTION:
     batch, length, *sizes = ATTENTION[name]
     is_pair = name.startswith('pair')
@@ -188,7 +190,11 @@ def _cuequivariance(query, key, value, bias, lengths):
 
 
 def _heads_first(arrays):
-  """[b, t, h, d] as [1, b, h, t, d], a bias as [1, 1, h, q, k] float32."""
+  """Rearrange arrays as cuequivariance expects them.
+
+  [b, t, h, d] becomes [1, b, h, t, d], and a bias [h, q, k] becomes
+  [1, 1, h, q, k] in float32.
+  """
 
   def arrange(x):
     if x.ndim == 3:
@@ -199,7 +205,7 @@ def _heads_first(arrays):
 
 
 def _block_peers(make):
-  """Peers of a model, by its attention's implementation."""
+  """Create a model's peers, one per implementation of attention."""
   chosen = (None, 'chunked', 'reference')
   return {name or 'default': Peer(make(name)) for name in chosen}
 
@@ -240,14 +246,15 @@ def _evoformer(scale):
 
 
 def _gpt2_step(scale):
-  """A training step: the state goes in and comes out."""
+  """A GPT-2 training step, which maps the training state to the next one."""
   size = 'gpt2' if scale == 1 else 'debug'
 
   def load(implementation):
     config = command_line.load_config(
       str(_ROOT / f'configs/gpt_char.py:{size}')
     )
-    config.data.level = 'bytes'  # learns no vocabulary; the model's stays
+    # Bytes need no vocabulary to be learnt; the model keeps its vocab_size.
+    config.data.level = 'bytes'
     if implementation:
       config.model.implementation = implementation
     optimizer = optimizers.adamw(
@@ -282,7 +289,7 @@ def to_float32(arrays):
 
 
 def bytes_outside(shapes, name: str) -> int:
-  """Of inputs and output, and the cotangent where it is used."""
+  """Return the bytes of inputs and output, and of the cotangent if used."""
   inputs, given, cotangent = shapes
   outside = [inputs, given, inputs[0]]
   if name == 'gradient':
@@ -293,7 +300,11 @@ def bytes_outside(shapes, name: str) -> int:
 
 
 def error(got: tuple, expected: tuple) -> float:
-  """The largest difference over the largest entry, of each result."""
+  """Return the largest relative error of the results.
+
+  The error of a result is its largest difference, divided by the largest entry
+  of the expected result.
+  """
 
   def largest(tree):
     return max(float(jnp.abs(x).max()) for x in jax.tree.leaves(tree))

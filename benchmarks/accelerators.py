@@ -1,33 +1,36 @@
-"""Attention on GPUs and TPUs: times where one is attached, else what compiles.
+"""Benchmark attention on GPUs and TPUs, or compile it for ones not attached.
 
-  python benchmarks/accelerators.py [WORK ...] [--quick] [--json=FILE]
-  python benchmarks/accelerators.py --device=a100,h100,v5e:2x2 [WORK ...]
+  python benchmarks/accelerators.py [WORKLOAD ...] [--quick] [--json=FILE]
+  python benchmarks/accelerators.py --device=a100,h100,v5e:2x2 [WORKLOAD ...]
   python benchmarks/accelerators.py --check
 
-Works are in bfloat16: attention with a pair bias and key lengths, causal
-attention, an Evoformer block, a training step of GPT-2. Each work runs in a
-process of its own, its peers in turn: medians of rounds, each over many
-repetitions in one compiled program whose outputs are its next inputs. `error`
-is the largest difference from the reference in float32, over the largest entry.
-Temporary memory is XLA's `memory_analysis`, peak memory the device's
-`memory_stats`. JAX's cuDNN attention, tokamax and cuequivariance-jax are peers
-of attention. Of the latter it is `triangle_attention`: its
-`attention_pair_bias` is a whole layer, projections included. --quick measures
-three works. --check runs the tests of attention's contract on the device and
-looks at the works' numbers only; it exits with status 1 if any are wrong.
+The workloads are attention with a pair bias and key lengths, causal attention,
+an Evoformer block and a training step of GPT-2, all in bfloat16. Each workload
+runs in its own process, and its peers take turns. Times are medians over
+rounds. Each round averages many repetitions in one compiled program, whose
+outputs are its next inputs. `error` is the largest difference from the float32
+reference, divided by the largest entry. Temporary memory is XLA's
+`memory_analysis`, peak memory the device's `memory_stats`.
 
-With --device, or where no accelerator is attached, each work is compiled for
-that device and nothing runs: kernels that a pass starts, temporary memory, and
-its ratio to inputs, output and cotangent. That needs the device's compiler, as
-`python -m attention inspect --device` does; peers that need the device itself
-(cuDNN) are left out.
+The peers of attention are JAX's cuDNN attention, tokamax and
+cuequivariance-jax. Of the last, `triangle_attention` is measured, because
+`attention_pair_bias` is a whole layer with projections. --quick measures three
+workloads. --check runs the contract tests of attention on the device and checks
+the numerical errors of the workloads without timing them. Its exit status is 1
+if any result is wrong.
+
+With --device, or if no accelerator is attached, the workloads are compiled for
+the device but not run. The table then shows the kernels launched per pass, the
+temporary memory, and its ratio to the size of inputs, output and cotangent.
+This needs the device's compiler, like `python -m attention inspect --device`,
+and excludes peers that need the device itself (cuDNN).
 """
 
 # ruff: noqa: E402
 import pathlib
 import sys
 
-# attention.py beside this script would be found in the library's place.
+# Without this, attention.py beside this script would shadow the library.
 _HERE = pathlib.Path(__file__).resolve().parent
 sys.path[:] = [p for p in sys.path if pathlib.Path(p).resolve() != _HERE]
 
@@ -71,14 +74,15 @@ _TESTS = (
   'tests/ops/implementations/fused_test.py',
   'tests/ops/dot_product_test.py',
 )
-# What attention of ours may take: kernels, and temporaries over what goes in
-# and comes out.
+# Limits for our attention: kernels, and the ratio of temporary memory to inputs
+# and outputs.
 _LIMITS = {'forward': (8, 1.1), 'gradient': (16, 2.5)}
-# What its error may be, or twice the reference's in bfloat16: blocks add up.
+# Limit of its error. Twice the error of the bfloat16 reference is allowed if
+# that is larger, because errors accumulate in a block.
 _ERROR = 2e-2
-# What rows hold, its header, and how it's written.
+# Table columns by key of a row: header and number format.
 _COLUMNS = {
-  'work': ('work', '{}'),
+  'work': ('workload', '{}'),
   'pass': ('pass', '{}'),
   'peer': ('peer', '{}'),
   'ms': ('ms', '{:.3f}'),
@@ -90,11 +94,11 @@ _COLUMNS = {
   'peak_mib': ('peak\nMiB', '{:.0f}'),
   'limits': ('limits', '{}'),
 }
-_TURN = 0.1  # seconds that a peer's turn takes at least
+_TURN = 0.1  # minimum seconds per turn of a peer
 
 
-def in_a_process(function, *arguments):
-  """What a function returns in a new process, which may crash."""
+def run_in_process(function, *arguments):
+  """Call a function in a new process, which may crash."""
   context = multiprocessing.get_context('spawn')
   with futures.ProcessPoolExecutor(1, context) as pool:
     return pool.submit(function, *arguments).result()
@@ -106,7 +110,7 @@ def reason(error):
 
 
 def describe(name):
-  """The device, and versions of what is compared on it."""
+  """Describe the device and the versions of the compared packages."""
   is_here = name == 'here'
   kind = jax.devices()[0].device_kind if is_here else catalogue.find(name).kind
   words = [kind]
@@ -116,8 +120,8 @@ def describe(name):
   return ', '.join([*words, str(datetime.date.today())])
 
 
-def each_peer(work_name, work, excluded=''):
-  """A row for each pass and peer."""
+def make_rows(work_name, work, excluded=''):
+  """Create a row for each pass and peer."""
   return [
     {'work': work_name, 'pass': name, 'peer': peer}
     for name in work.passes
@@ -127,8 +131,8 @@ def each_peer(work_name, work, excluded=''):
 
 
 @contextlib.contextmanager
-def failing(row):
-  """A peer that fails says why in its row."""
+def record_failure(row):
+  """Record an exception as the row's note instead of raising it."""
   try:
     yield
   except Exception as error:
@@ -136,12 +140,12 @@ def failing(row):
 
 
 def compiled_rows(work_name, device_name, arguments):
-  """Rows of a work, compiled for a device that isn't here."""
+  """Compile a workload for a device that is not attached; returns its rows."""
   target = catalogue.find(device_name)
   work = works.create(work_name, arguments.scale)
-  rows = each_peer(work_name, work, excluded='cudnn')
+  rows = make_rows(work_name, work, excluded='cudnn')
   for row in rows:
-    with failing(row):
+    with record_failure(row):
       peer, name = work.peers[row['peer']], row['pass']
       compiled, outside = compile_for(target, work, peer, name)
       temporary = compiled.memory_analysis().temp_size_in_bytes
@@ -156,33 +160,33 @@ def compiled_rows(work_name, device_name, arguments):
 
 
 def compile_for(target, work, peer, name):
-  """A pass's program, and the bytes of what goes in and comes out."""
+  """Compile a pass; returns the program and the bytes of inputs and outputs."""
   device = target.devices[0]
   place = jax.sharding.SingleDeviceSharding(device)
   shapes = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
     jax.eval_shape(functools.partial(work.arrays, peer)),
   )
-  with programs.described(jax.sharding.Mesh(np.array([device]), 'x')):
+  with programs.lowering_for(jax.sharding.Mesh(np.array([device]), 'x')):
     lowered = jax.jit(work.program(peer, name)).lower(*shapes)
   compiled = lowered.compile(compiler_options=target.options)
   return compiled, works.bytes_outside(shapes, name)
 
 
 def measured_rows(work_name, arguments):
-  """Rows of a work, run on the attached device."""
+  """Run a workload on the attached device; returns its rows."""
   work = works.create(work_name, arguments.scale)
-  rows = each_peer(work_name, work)
+  rows = make_rows(work_name, work)
   compiled = [compile_here(work, row) for row in rows]
   runs = [
     (row, program)
     for row, program in zip(rows, compiled, strict=True)
     if 'note' not in row
   ]
-  # The device keeps the highest peak: what takes least runs first.
+  # The device's peak memory never decreases, so the smallest peers run first.
   runs.sort(key=lambda run: run[0]['temporary_mib'])
   for row, program in runs:
-    with failing(row):
+    with record_failure(row):
       jax.block_until_ready(program(*work.arrays(work.peers[row['peer']])))
       stats = jax.devices()[0].memory_stats() or {}
       if 'peak_bytes_in_use' in stats:
@@ -190,7 +194,7 @@ def measured_rows(work_name, arguments):
   for name in work.passes:
     passed = [r for r in runs if r[0]['pass'] == name and 'note' not in r[0]]
     exact = {'work': work_name, 'pass': name, 'peer': 'float32'}
-    with failing(exact):
+    with record_failure(exact):
       measure_errors(work, name, passed)
     rows += [exact] if 'note' in exact else []
     measure_times(work, name, [row for row, _ in passed], arguments.rounds)
@@ -198,7 +202,7 @@ def measured_rows(work_name, arguments):
 
 
 def compile_here(work, row):
-  with failing(row):
+  with record_failure(row):
     peer = work.peers[row['peer']]
     shapes = jax.eval_shape(functools.partial(work.arrays, peer))
     program = jax.jit(work.program(peer, row['pass'])).lower(*shapes).compile()
@@ -208,7 +212,7 @@ def compile_here(work, row):
 
 
 def measure_errors(work, name, runs):
-  """Adds largest differences from the reference in float32."""
+  """Add to the rows the largest differences from the float32 reference."""
   if work.exact is None:
     return
   with jax.default_matmul_precision('highest'):
@@ -228,10 +232,10 @@ def measure_errors(work, name, runs):
 
 
 def measure_times(work, name, rows, rounds):
-  """Adds medians of rounds in which all take turns."""
+  """Time the peers in turn, and add the medians over rounds to their rows."""
   turns, seconds = {}, {}
   for row in rows if rounds else ():
-    with failing(row):
+    with record_failure(row):
       turns[row['peer']] = start(work, work.peers[row['peer']], name)
       seconds[row['peer']] = []
   order, rng = list(turns), random.Random(0)
@@ -250,10 +254,13 @@ def measure_times(work, name, rows, rounds):
 
 
 def start(work, peer, name):
-  """A function that runs a peer for a while: seconds of one repetition."""
+  """Make a function that takes one turn of a peer.
+
+  It returns the seconds per repetition.
+  """
   inputs, given, cotangent = work.arrays(peer)
   repeated = jax.jit(work.repeated(peer, name), donate_argnums=0)
-  # Gradients are like inputs; copied, as they are given away.
+  # Gradients have the inputs' shapes; copy the inputs because they are donated.
   carry = inputs[0], inputs if name == 'gradient' else ()
   carry = jax.tree.map(jnp.copy, carry)
 
@@ -265,13 +272,13 @@ def start(work, peer, name):
     jax.block_until_ready(carry)
     return time.perf_counter() - begin
 
-  run(1)  # compiles
+  run(1)  # warm-up: compiles the program
   times = math.ceil(_TURN / run(1))
   return lambda: run(times) / (times * work.repeats)
 
 
 def show(console, rows, title, caption):
-  """A table of the figures, then why peers or works have none."""
+  """Print a table of the results, then the notes of peers that failed."""
   shown = [row for row in rows if 'note' not in row]
   columns = [c for c in _COLUMNS if any(c in row for row in shown)]
   table = Table(title=title, caption=caption)
@@ -293,34 +300,38 @@ def parse():
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument('works', nargs='*', help=', '.join(works.NAMES))
+  parser.add_argument(
+    'works', nargs='*', metavar='WORKLOAD', help=', '.join(works.NAMES)
+  )
   parser.add_argument(
     '--device',
-    help=f'to compile for, or here: the one that JAX runs on, a CPU too; '
-    f'default: an accelerator that is attached, or else {_DEVICES}',
+    help='device to compile for, or `here` to run on the device that JAX uses, '
+    f'even a CPU (default: an attached accelerator, or else {_DEVICES})',
   )
   parser.add_argument(
-    '--quick', action='store_true', help='three works, 5 rounds'
+    '--quick', action='store_true', help='three workloads, 5 rounds'
   )
   parser.add_argument('--rounds', type=int, help='default: 11')
-  parser.add_argument('--check', action='store_true', help='no times')
-  parser.add_argument('--json', help='a file for all figures')
   parser.add_argument(
-    '--scale', type=int, default=1, help='divides lengths, to try the script'
+    '--check', action='store_true', help='check results without timing'
+  )
+  parser.add_argument('--json', help='write all results to this file')
+  parser.add_argument(
+    '--scale', type=int, default=1, help='divide lengths, for a quick trial'
   )
   arguments = parser.parse_args()
   unknown = sorted({*arguments.works} - {*works.NAMES})
   if unknown:
-    parser.error(f'no such work: {", ".join(unknown)}')
+    parser.error(f'no such workload: {", ".join(unknown)}')
   if arguments.scale < 1:
     parser.error(f'--scale: expected 1 or more, got {arguments.scale}')
-  if arguments.json:  # not after all has been measured
+  if arguments.json:  # fail before measuring, not after
     try:
       pathlib.Path(arguments.json).touch()
     except OSError as error:
       parser.error(f'--json: {error}')
   if not arguments.device:
-    platform = in_a_process(jax.default_backend)
+    platform = run_in_process(jax.default_backend)
     arguments.device = _DEVICES if platform == 'cpu' else 'here'
   if arguments.check and arguments.device != 'here':
     parser.error('--check: expected an accelerator, found none')
@@ -334,7 +345,7 @@ def parse():
 
 
 def run_tests():
-  """Whether the tests of attention's contract pass on the device."""
+  """Run the contract tests of attention; returns whether they pass."""
   words = [sys.executable, '-m', 'pytest', '-n', '0', '-q', *_TESTS]
   return subprocess.run(words, cwd=_HERE.parent).returncode == 0
 
@@ -347,8 +358,8 @@ def main():
   for device in arguments.device.split(','):
     is_here = device == 'here'
     try:
-      about = in_a_process(describe, device)
-    except Exception as error:  # no such device, or no compiler for it
+      about = run_in_process(describe, device)
+    except Exception as error:  # unknown device, or no compiler for it
       console.print(f'{device}: {reason(error)}', markup=False)
       is_good = False
       continue
@@ -357,10 +368,10 @@ def main():
       print(f'{device}: {work} …', file=sys.stderr, flush=True)
       try:
         if is_here:
-          rows += in_a_process(measured_rows, work, arguments)
+          rows += run_in_process(measured_rows, work, arguments)
         else:
-          rows += in_a_process(compiled_rows, work, device, arguments)
-      except Exception as error:  # a work that can't be made, or a crash
+          rows += run_in_process(compiled_rows, work, device, arguments)
+      except Exception as error:  # the workload failed or its process crashed
         rows.append({'work': work, 'note': reason(error)})
     show(console, rows, device, about)
     results.append({'device': device, 'about': about, 'rows': rows})
@@ -371,7 +382,7 @@ def main():
 
 
 def is_wrong(row):
-  """Whether the numbers of ours are wrong, or there are none."""
+  """Whether our implementation failed or is over its limits."""
   is_ours = row.get('peer', 'default') == 'default'
   return is_ours and ('note' in row or row.get('limits') == 'OVER')
 

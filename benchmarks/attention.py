@@ -1,20 +1,23 @@
-"""Attention's time and memory against what people use now, on this machine.
+"""Compare the time and memory of attention with alternatives on this machine.
 
-  python benchmarks/attention.py [WORK ...] [--rounds=9]
+  python benchmarks/attention.py [WORKLOAD ...] [--rounds=9]
 
-Peers take turns round by round, each with a run that isn't timed before the one
-that is, so that none pays for what the one before it left in caches and memory.
-Printed are medians of the times, and of the rounds' ratios, peer over ours.
+The peers take turns in each round. An untimed run precedes each timed one, so
+that no peer is affected by the state of caches and memory left by the previous
+one. The table shows median times, and medians of the per-round ratios, peer
+over ours.
+
 `einsum` is AlphaFold's attention: products, bias, where(mask, ·, -1e9),
 softmax, products. PyTorch's is scaled_dot_product_attention (flash) on
 [b, h, q, d], if torch is installed. Temporary memory is XLA's `memory_analysis`
-of the compiled program; with --rounds=0 it alone is shown, and nothing runs.
+of the compiled program. With --rounds=0 nothing runs, and only the memory is
+shown.
 """
 
 # ruff: noqa: E402
 import sys
 
-# This script has the library's name: from its folder it would import itself.
+# This script has the library's name, so `import attention` would find it first.
 del sys.path[0]
 
 import argparse
@@ -36,7 +39,7 @@ try:
 except ImportError:
   torch = None
 
-# name: (query shape, key length or None for the same, what masks, bias shape)
+# name: (query shape, key length or None for the same, mask kind, bias shape)
 
 WORKS = {
   'pair256': ((256, 256, 4, 32), None, 'keys', (4, 256, 256)),
@@ -48,9 +51,9 @@ WORKS = {
   'causal8192': ((1, 8192, 4, 64), None, 'causal', None),
   'template': ((16384, 1, 4, 16), 4, None, None),
 }
-_WINDOW = 1024  # 'window': the same one at two lengths, ours against ours
+_WINDOW = 1024  # 'window' compares ours with itself at two lengths
 _LENGTHS = (8192, 32768)
-_REST = 0.05  # seconds after a turn: threads of PyTorch's spin on for a while
+_REST = 0.05  # seconds after each turn: PyTorch's threads keep spinning briefly
 _ALL = [*WORKS, 'window']
 _DEFAULT = [w for w in _ALL if w not in ('pair512', 'causal8192')]
 
@@ -66,7 +69,7 @@ def einsum(query, key, value, bias, mask):
 
 
 def library(implementation):
-  """Our function, its mask a description."""
+  """Make a function that calls our attention with a structured mask."""
 
   def call(query, key, value, bias, mask):
     return attention.dot_product_attention(
@@ -77,7 +80,7 @@ def library(implementation):
 
 
 def masks(kind, shape, num_key):
-  """The mask as a description and as an array."""
+  """Return the mask as a `Mask` and as an array."""
   if kind is None:
     return None, None
   if kind == 'keys':
@@ -89,7 +92,7 @@ def masks(kind, shape, num_key):
 
 
 def torch_peer(arrays, mask, is_gradient):
-  """A function without arguments that does the same in PyTorch."""
+  """Make a function without arguments that computes the same in PyTorch."""
   query, key, value, bias, cotangent = (
     None if x is None else torch.from_numpy(np.array(x)) for x in arrays
   )
@@ -98,7 +101,7 @@ def torch_peer(arrays, mask, is_gradient):
   )
   is_causal = bias is None and mask is not None
   if bias is not None:
-    seen = torch.from_numpy(np.array(mask))
+    allowed = torch.from_numpy(np.array(mask))
   leaves = [x for x in (query, key, value, bias) if x is not None]
   for leaf in leaves:
     leaf.requires_grad_(is_gradient)
@@ -106,7 +109,7 @@ def torch_peer(arrays, mask, is_gradient):
   def run():
     extra = None
     if bias is not None:
-      extra = bias + torch.where(seen, 0.0, -1e9)
+      extra = bias + torch.where(allowed, 0.0, -1e9)
     output = torch.nn.functional.scaled_dot_product_attention(
       query, key, value, attn_mask=extra, is_causal=is_causal
     )
@@ -117,7 +120,7 @@ def torch_peer(arrays, mask, is_gradient):
 
 
 def jax_peer(function, arrays, mask, is_gradient):
-  """The same in JAX, compiled; and its temporary memory in bytes."""
+  """Compile a JAX peer; returns a function and its temporary bytes."""
   *inputs, cotangent = arrays
 
   def gradient(mask, cotangent, *inputs):
@@ -136,7 +139,7 @@ def jax_peer(function, arrays, mask, is_gradient):
 
 
 def measure(peers, rounds):
-  """Seconds of each peer, a list a round, taking turns."""
+  """Time the peers in turn; returns a list of seconds for each peer."""
   times = {name: [] for name in peers}
   order, rng = list(peers.items()), random.Random(0)
   for _ in range(rounds):
@@ -151,7 +154,7 @@ def measure(peers, rounds):
 
 
 def draw(shape, num_key, bias_shape):
-  """Query, key, value, bias or None, and the output's gradient."""
+  """Draw query, key, value, bias or None, and the output's cotangent."""
   keys = jax.random.split(jax.random.key(0), 5)
   kv_shape = (shape[0], num_key, *shape[2:])
   shapes = (shape, kv_shape, kv_shape, bias_shape, shape)
@@ -162,7 +165,7 @@ def draw(shape, num_key, bias_shape):
 
 
 def compare(name, is_gradient, rounds, table):
-  """Adds a row for each peer to the table."""
+  """Add a row for each peer to the table."""
   shape, num_key, kind, bias_shape = WORKS[name]
   num_key = num_key or shape[1]
   arrays = draw(shape, num_key, bias_shape)
@@ -185,7 +188,7 @@ def compare(name, is_gradient, rounds, table):
 
 
 def compare_lengths(is_gradient, rounds, table):
-  """The same for one window at two lengths, the longer one's time by length."""
+  """Add rows for one window at two lengths; the longer time is per length."""
   mask = Mask.causal() & Mask.window(left=_WINDOW - 1)
   short, long = _LENGTHS
   more = long // short
@@ -202,7 +205,7 @@ def compare_lengths(is_gradient, rounds, table):
 
 
 def add_rows(table, work, is_gradient, times, memory, base):
-  """A row for each peer: medians, and ratios to `base` round by round."""
+  """Add a row per peer: median times, and medians of the ratios to `base`."""
   for peer, seconds in times.items():
     ratios = [a / b for a, b in zip(seconds, times[base], strict=True)]
     table.add_row(
@@ -219,14 +222,18 @@ def add_rows(table, work, is_gradient, times, memory, base):
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument('works', nargs='*', help=', '.join(_ALL))
+  parser.add_argument(
+    'works', nargs='*', metavar='WORKLOAD', help=', '.join(_ALL)
+  )
   parser.add_argument('--rounds', type=int, default=9)
   arguments = parser.parse_args()
   works = arguments.works or _DEFAULT
   unknown = sorted({*works} - {*_ALL})
   if unknown:
-    parser.error(f'no such work: {", ".join(unknown)}')
-  table = Table('work', 'pass', 'peer', 'ms', 'ms\nratio', 'MiB', 'MiB\nratio')
+    parser.error(f'no such workload: {", ".join(unknown)}')
+  table = Table(
+    'workload', 'pass', 'peer', 'ms', 'ms\nratio', 'MiB', 'MiB\nratio'
+  )
   for work in works:
     for is_gradient in (False, True):
       if work == 'window':
@@ -236,7 +243,7 @@ def main():
   versions = f'jax {jax.__version__}'
   versions += f', torch {torch.__version__}' if torch else ''
   table.caption = (
-    f'ratios: to the first peer; MiB: temporary memory\n{versions}'
+    f'ratios are to the first peer; MiB is temporary memory\n{versions}'
   )
   Console().print(table)
 

@@ -1,15 +1,16 @@
-"""What a checkpoint every 100 steps costs, for the default gpt_char.
+"""Measure the cost of a checkpoint every 100 steps, for the default gpt_char.
 
   python benchmarks/checkpoints.py --rounds=10
 
-Each round trains 100 steps with a save at their beginning, that is written
-while they run, and 100 without; their order changes from round to round.
+Each round trains 100 steps with a checkpoint, which is saved at the start and
+written in the background, and 100 steps without. The order alternates between
+rounds.
 """
 
 # ruff: noqa: E402
 import sys
 
-# attention.py beside this script would be found in the library's place.
+# Without this, attention.py beside this script would shadow the library.
 del sys.path[0]
 
 import argparse
@@ -33,7 +34,7 @@ _CONFIG = pathlib.Path(__file__).parents[1] / 'configs' / 'gpt_char.py'
 
 
 def measure(rounds: int) -> None:
-  """Prints medians of milliseconds a step, and of their ratio."""
+  """Print the median milliseconds per step, and the median ratio."""
   config = command_line.load_config(str(_CONFIG))
   main.set_up_jax(config.training.cpu_devices)
   settings = TrainingConfig.create(config.training.to_dict())
@@ -66,8 +67,8 @@ def measure(rounds: int) -> None:
 
   ratios = [a / b for a, b in zip(seconds[True], seconds[False], strict=True)]
   print(
-    f'with    {1e3 * statistics.median(seconds[True]):.2f} ms a step\n'
-    f'without {1e3 * statistics.median(seconds[False]):.2f} ms a step\n'
+    f'with    {1e3 * statistics.median(seconds[True]):.2f} ms per step\n'
+    f'without {1e3 * statistics.median(seconds[False]):.2f} ms per step\n'
     f'ratio   {statistics.median(ratios):.3f} ({min(ratios):.3f} to '
     f'{max(ratios):.3f}, {rounds} rounds)'
   )

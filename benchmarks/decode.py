@@ -1,18 +1,19 @@
-"""Writing tokens with a GPT: this library against transformers, on the CPU.
+"""Compare greedy decoding with a GPT to transformers, on the CPU.
 
   python benchmarks/decode.py [--rounds=7] [--batch_sizes=1,16] [--recompute]
 
-A GPT of 10.7 M parameters (6 layers, 6 heads, width 384, 65 kinds of tokens)
-writes 256 tokens after 64, greedily. Peers: transformers' `generate` with its
-cache on the same weights, whose tokens are compared with ours, and our own
-model computing everything anew for each token. All take turns in one process;
-printed are medians of the rounds, and the median of the rounds' ratios.
+A GPT of 10.7 M parameters (6 layers, 6 heads, width 384, vocabulary of 65)
+generates 256 tokens after a prompt of 64. The peers are transformers'
+`generate` with its cache, on the same weights, and our own model without a
+cache (--recompute). The peers' tokens are compared with ours. All take turns in
+one process. The table shows medians over the rounds, and medians of the
+per-round ratios.
 """
 
 # ruff: noqa: E402
 import sys
 
-# attention.py beside this script would be found in the library's place.
+# Without this, attention.py beside this script would shadow the library.
 del sys.path[0]
 
 import argparse
@@ -49,38 +50,38 @@ def our_model():
     )
   )
   params = model.init(jax.random.key(0), np.zeros((1, 2), int))
-  # Far from where it starts, so that the likeliest token is clear.
+  # Scaled up, so that the most likely token is unambiguous.
   return model, jax.tree.map(lambda p: p * 3, params)
 
 
 def ours(model, params, prompt):
-  """Greedy tokens with a cache, as a function without arguments."""
+  """Compile greedy decoding with a cache; returns (program, inputs)."""
 
   @jax.jit
-  def write(params, prompt):
+  def decode(params, prompt):
     def step(tokens, cache):
       logits, cache = model.apply(params, tokens, cache=cache)
       return logits[:, -1], cache
 
     return decoding.greedy(step, Cache.create(CONTEXT), prompt, NEW)
 
-  return write.lower(params, prompt).compile(), (params, prompt)
+  return decode.lower(params, prompt).compile(), (params, prompt)
 
 
 def recomputing(model, params, prompt):
-  """The same without a cache: the whole sequence for every token."""
+  """Compile decoding without a cache, which reruns the whole sequence."""
 
   @jax.jit
-  def write(params, prompt):
+  def decode(params, prompt):
     step, (window, length) = window_step(model.apply, params, CONTEXT)
     window = jnp.repeat(window, len(prompt), axis=0)
     return decoding.greedy(step, (window, length), prompt, NEW)
 
-  return write.lower(params, prompt).compile(), (params, prompt)
+  return decode.lower(params, prompt).compile(), (params, prompt)
 
 
 def peer(params):
-  """transformers' GPT-2 with our parameters."""
+  """Create transformers' GPT-2 with our parameters."""
   fields = dict(vocab_size=VOCAB, context_size=CONTEXT, **SIZES)
   with tempfile.TemporaryDirectory() as folder:
     gpt2.save(folder, fields, params)
@@ -102,12 +103,12 @@ def generate(network, prompt):
 
 
 def describe_memory(compiled, batch_size, itemsize):
-  """What the cache takes, and what else there is besides the weights."""
+  """Format the size of the cache, and of all temporaries."""
   size = SIZES['model_size']
   cache = 2 * SIZES['num_layers'] * batch_size * CONTEXT * size * itemsize
   memory = compiled.memory_analysis()
   return (
-    f'batch {batch_size}: cache {cache / 2**20:.1f} MiB by its shapes; all '
+    f'batch {batch_size}: cache {cache / 2**20:.1f} MiB (from its shapes), all '
     f'temporaries {memory.temp_size_in_bytes / 2**20:.1f} MiB'
   )
 
@@ -116,14 +117,16 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--rounds', type=int, default=7)
   parser.add_argument('--batch_sizes', default='1,16')
-  parser.add_argument('--recompute', action='store_true', help='with this peer')
+  parser.add_argument(
+    '--recompute', action='store_true', help='include decoding without a cache'
+  )
   parser.add_argument('--dtypes', default='float32,bfloat16')
   arguments = parser.parse_args()
   model, params = our_model()
   count = sum(p.size for p in jax.tree.leaves(params))
   network = peer(params)
   console = Console()
-  table = Table('batch', '', 'tokens/s', 'time over the first', 'tokens')
+  table = Table('batch', '', 'tokens/s', 'time ratio to first', 'tokens')
   for batch_size in map(int, arguments.batch_sizes.split(',')):
     prompt = np.random.default_rng(0).integers(0, VOCAB, (batch_size, PROMPT))
     contestants = {}
@@ -139,24 +142,24 @@ def main():
     if arguments.recompute:
       compiled, inputs = recomputing(model, params, prompt)
       contestants['recomputing'] = functools.partial(compiled, *inputs)
-    times, written = {name: [] for name in contestants}, {}
-    for n in range(arguments.rounds + 1):  # the first one is to warm up
-      for name, write in contestants.items():
+    times, tokens = {name: [] for name in contestants}, {}
+    for n in range(arguments.rounds + 1):  # the first round is a warm-up
+      for name, decode in contestants.items():
         start = time.perf_counter()
-        written[name] = np.asarray(write())
+        tokens[name] = np.asarray(decode())
         seconds = time.perf_counter() - start
         if n:
           times[name].append(seconds)
     first = next(iter(times))
     for name, seconds in times.items():
       ratios = [a / b for a, b in zip(seconds, times[first], strict=True)]
-      same = (written[name] == written[first]).mean()
+      same = (tokens[name] == tokens[first]).mean()
       table.add_row(
         str(batch_size),
         name,
         f'{batch_size * NEW / statistics.median(seconds):,.0f}',
         f'{statistics.median(ratios):.2f}',
-        f'{same:.1%} the same',
+        f'{same:.1%} identical',
       )
   versions = f'jax {jax.__version__}, torch {torch.__version__}'
   versions += f', transformers {transformers.__version__}'

@@ -1,19 +1,20 @@
-"""One Evoformer block, forward and gradient: time and memory.
+"""Measure time and memory of an Evoformer block, forward and gradient.
 
   python benchmarks/evoformer.py [--num_seq=128] [--num_res=128] [--rounds=5]
 
-The peer is the same block with implementation='reference' and remat=False: all
-logits and hidden layers are held, as AlphaFold's code does while training. The
-peers take turns; printed are medians of the times, and medians of the rounds'
-ratios, ours over plain. Temporary memory is XLA's `memory_analysis` of the
-compiled program. With --stack the compile time and memory of the gradients of
-stacks of 2 and of 48 blocks are printed instead; --no-peer leaves plain out.
+The peer, `plain`, is the same block with implementation='reference' and
+remat=False, which stores all logits and hidden layers, as AlphaFold's code does
+in training. The two take turns. The table shows median times, and medians of
+the per-round ratios, ours over the peer. Temporary memory is XLA's
+`memory_analysis` of the compiled program. --no-peer omits the peer. --stack
+instead shows the compile time and memory of the gradients of stacks of 2 and of
+48 blocks.
 """
 
 # ruff: noqa: E402
 import sys
 
-# attention.py beside this script would be found in the library's place.
+# Without this, attention.py beside this script would shadow the library.
 del sys.path[0]
 
 import argparse
@@ -28,7 +29,7 @@ from rich.table import Table
 
 from attention.modules.evoformer import EvoformerBlock, EvoformerStack
 
-_WIDTHS = 256, 128  # AlphaFold's, of the alignment and of the pairs
+_WIDTHS = 256, 128  # AlphaFold's MSA and pair channels
 _PEERS = {
   'ours': {},
   'plain': {'implementation': 'reference', 'remat': False},
@@ -36,7 +37,7 @@ _PEERS = {
 
 
 def make(kind, arguments, **fields):
-  """Programs for forward and gradient, and what they take."""
+  """Create the forward and gradient functions, and their argument shapes."""
   model = hk.transform(lambda *x: kind(zero_init=False, **fields)(*x))
   num_seq, num_res = arguments.num_seq, arguments.num_res
   shapes = ((num_seq, num_res, _WIDTHS[0]), (num_res, num_res, _WIDTHS[1]))
@@ -56,7 +57,7 @@ def make(kind, arguments, **fields):
 
 
 def fill(shapes):
-  """Numbers for shapes: masks with holes, everything else normal."""
+  """Draw arrays for shapes: random masks, and normal values otherwise."""
   leaves, tree = jax.tree.flatten(shapes)
   keys = jax.random.split(jax.random.key(0), len(leaves))
   return tree.unflatten(
@@ -82,13 +83,13 @@ def compare_blocks(arguments):
       memory[name, peer] = mebibytes(compiled[name, peer])
   inputs = fill(shapes)
   times = {key: [] for key in compiled}
-  for n in range(arguments.rounds + 1):  # the first to warm up
+  for n in range(arguments.rounds + 1):  # the first round is a warm-up
     for key, run in compiled.items():
       start = time.perf_counter()
       jax.block_until_ready(run(*inputs))
       if n:
         times[key].append(time.perf_counter() - start)
-  table = Table('', 'peer', 's', 'ours / it', 'temporary MiB')
+  table = Table('', 'peer', 's', 'ours / peer', 'temporary MiB')
   for (name, peer), seconds in sorted(times.items()):
     ours = times[name, 'ours']
     ratios = [a / b for a, b in zip(ours, seconds, strict=True)]

@@ -1,17 +1,18 @@
-"""Training steps of a small GPT: this library against PyTorch, on the CPU.
+"""Compare training steps of a small GPT to PyTorch, on the CPU.
 
   python benchmarks/train_gpt.py [--rounds=15] [--config=configs/gpt_char.py]
 
-Same sizes, same batches, AdamW and clipping by global norm on both sides.
-Peers: transformers' GPT2LMHeadModel, and a plain nn.Module over
-scaled_dot_product_attention. All take turns, some steps each, in one process;
-printed are medians of the rounds, and the median of the rounds' ratios.
+Both sides use the same sizes, the same batches, AdamW and clipping by global
+norm. The peers are transformers' GPT2LMHeadModel, and a plain nn.Module with
+scaled_dot_product_attention. All take turns in one process, several steps at a
+time. The table shows medians over the rounds, and medians of the per-round
+ratios.
 """
 
 # ruff: noqa: E402
 import sys
 
-# attention.py beside this script would be found in the library's place.
+# Without this, attention.py beside this script would shadow the library.
 del sys.path[0]
 
 import argparse
@@ -32,7 +33,7 @@ from attention.training.parallelism import sharding
 
 
 def ours(config):
-  """Our training step as a function of the step's number."""
+  """Make our training step, as a function of the step number."""
   task = tasks.create(config)
   optimizer, schedule = optimizers.adamw(
     steps=config.training.steps, **config.optimizer
@@ -49,7 +50,7 @@ def ours(config):
   def run(n):
     nonlocal state
     batch = jax.device_put(task.batch(n), sharding.batched(mesh))
-    state, metrics = sharding.settle(
+    state, metrics = sharding.block_if_virtual(
       mesh, train_step(state, batch, np.int32(n))
     )
     return metrics['train/loss']
@@ -113,7 +114,7 @@ def gpt2(vocab, model):
 
 
 def peer(task, config, network, forward):
-  """A PyTorch training step as a function of the step's number."""
+  """Make a PyTorch training step, as a function of the step number."""
   settings = config.optimizer
   decayed = [p for p in network.parameters() if p.ndim > 1]
   others = [p for p in network.parameters() if p.ndim <= 1]
@@ -148,9 +149,13 @@ def peer(task, config, network, forward):
 def main():
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--rounds', type=int, default=15)
-  parser.add_argument('--steps', type=int, default=20, help='a round and peer')
+  parser.add_argument(
+    '--steps', type=int, default=20, help='per round and peer'
+  )
   parser.add_argument('--config', default='configs/gpt_char.py')
-  parser.add_argument('--data', default='', help='a text; default: as config')
+  parser.add_argument(
+    '--data', default='', help="text file (default: config's)"
+  )
   arguments = parser.parse_args()
   config = command_line.load_config(arguments.config)
   config.data.path = arguments.data
@@ -167,7 +172,7 @@ def main():
     ),
   }
   times = {name: [] for name in contestants}
-  for n in range(arguments.rounds + 1):  # the first one is to warm up
+  for n in range(arguments.rounds + 1):  # the first round is a warm-up
     for name, advance in contestants.items():
       start = time.perf_counter()
       for i in range(arguments.steps):
@@ -178,7 +183,7 @@ def main():
         times[name].append(seconds)
 
   tokens = task.tokens_per_step
-  table = Table('', 'ms a step', 'tokens/s', 'time over ours')
+  table = Table('', 'ms per step', 'tokens/s', 'time / ours')
   for name, seconds in times.items():
     median = statistics.median(seconds)
     ratios = [a / b for a, b in zip(seconds, times['attention'], strict=True)]

@@ -1,4 +1,4 @@
-"""What benchmarks time is what they say."""
+"""Benchmarks time the computations that they claim to."""
 
 import importlib.util
 import pathlib
@@ -10,7 +10,7 @@ _FILE = pathlib.Path(__file__).parents[1] / 'benchmarks/accelerator_works.py'
 
 
 @pytest.mark.parametrize(('name', 'passes'), [('forward', 2), ('gradient', 1)])
-def test_repetitions_leave_no_product_out(name, passes):
+def test_repetitions_compute_every_product(name, passes):
   spec = importlib.util.spec_from_file_location('works', _FILE)
   works = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(works)
@@ -26,4 +26,4 @@ def test_repetitions_leave_no_product_out(name, passes):
   carry = inputs[0], inputs if name == 'gradient' else ()
   loop = count(work.repeated(peer, name), carry, inputs[1:], given, cotangent)
   assert once > 0
-  assert loop == passes * once  # in one iteration of it
+  assert loop == passes * once  # the loop body, with `passes` passes

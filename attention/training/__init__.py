@@ -1,1 +1,1 @@
-"""Runs: the only room that knows what a run is."""
+"""Training runs: tasks, the training loop and the command line."""

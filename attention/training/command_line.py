@@ -13,20 +13,20 @@ from ml_collections import ConfigDict, config_flags
 from attention.data.language import read_text
 from attention.training.training_config import TrainingConfig
 
-# Beside --config: what it is by default, and what it is for.
+# Flags other than --config: default and help text.
 _FLAGS = {
-  'workdir': ('', "folder of the run's files, made if it isn't there"),
-  'profile': ('', 'START:STOP, steps to trace'),
-  'coordinator': ('', 'HOST:PORT of process 0, where there are several'),
-  'num_processes': (0, 'how many there are'),
-  'process_id': (-1, 'of this one, from 0'),
+  'workdir': ('', "folder for the run's files, created if missing"),
+  'profile': ('', 'START:STOP, the steps to trace'),
+  'coordinator': ('', 'HOST:PORT of process 0, for a multi-process run'),
+  'num_processes': (0, 'total number of processes'),
+  'process_id': (-1, 'index of this process, from 0'),
 }
 _USAGE = {
   'config': 'FILE or FILE:SIZE, such as configs/gpt_char.py:debug',
-  'config.KEY': 'what a key of the config is instead: --config.seed=1',
+  'config.KEY': 'override a key of the config: --config.seed=1',
   **{name: text for name, (_, text) in _FLAGS.items()},
 }
-# What a flag's text is read as, by its value before; and how that is called.
+# Parser of a flag's text and its description, by the type of the default.
 _PARSERS = {
   bool: (flags.BooleanParser(), 'true or false'),
   int: (flags.IntegerParser(), 'an integer'),
@@ -35,23 +35,23 @@ _PARSERS = {
 
 
 class Arguments(NamedTuple):
-  """What a command line asks for."""
+  """Parsed command-line arguments."""
 
   config: ConfigDict
   workdir: pathlib.Path
-  profile: tuple[int, int] | None = None  # the first step, and the one after
-  coordinator: str = ''  # see distributed.start
+  profile: tuple[int, int] | None = None  # completed steps: (start, stop)
+  coordinator: str = ''  # see processes.start
   num_processes: int = 0
   process_id: int = -1
 
 
 def usage() -> str:
-  """What `train.py --help` prints."""
+  """Return the text of `train.py --help`."""
   rows = (f'  --{f"{name}=…":<20}{text}' for name, text in _USAGE.items())
   return '\n'.join(
     [
       'usage: python train.py --config=FILE --workdir=DIR [--NAME=VALUE …]',
-      'The same command again goes on with a run that was stopped.',
+      'To resume a stopped run, run the same command again.',
       '',
       *rows,
     ]
@@ -59,11 +59,11 @@ def usage() -> str:
 
 
 def parse(argv: list[str]) -> Arguments:
-  """What a command line, as in `sys.argv`, asks for.
+  """Parse a command line in the form of `sys.argv`.
 
   Raises:
-    ValueError: in one line, what is wrong and what to do.
-    OSError: a config file that can't be read.
+    ValueError: invalid arguments; the message is one line, with a hint.
+    OSError: the config file cannot be read.
   """
   for word in argv[1:]:
     _check_word(word)
@@ -120,14 +120,14 @@ def _parse_span(text):
 
 
 def load_config(name: str) -> ConfigDict:
-  """The config that `FILE` or `FILE:SIZE` names.
+  """Load the config named by `FILE` or `FILE:SIZE`.
 
   Raises:
-    ValueError: the file is no config, or has no such size.
-    OSError: it can't be read.
+    ValueError: the file is not a config, or has no such size.
+    OSError: the file cannot be read.
   """
   path, *size = name.split(':', 1)
-  read_text(path)  # says what is wrong with the file, if anything
+  read_text(path)  # gives clear errors for unreadable files
   spec = importlib.util.spec_from_file_location('config', path)
   if spec is None:
     raise ValueError(f'{path}: expected a Python file, NAME.py')
@@ -160,7 +160,7 @@ def _check_word(word):
       if word.startswith('config')
       else '; flags have the form --name=value'
     )
-    raise ValueError(f'{word}: a leftover word{hint}')
+    raise ValueError(f'{word}: unexpected argument{hint}')
   if '=' not in word:
     raise ValueError(f'{word}: expected {word}=VALUE')
 
@@ -184,7 +184,7 @@ def _check_type(word, config):
   if isinstance(value, ConfigDict):
     key = next(iter(value), 'KEY')
     raise ValueError(
-      f'--{name}: expected its keys one by one, such as --{name}.{key}=…, got '
+      f'--{name}: expected individual keys, such as --{name}.{key}=…, got '
       f'{text!r}'
     )
   parser, expected = _PARSERS.get(type(value), (None, ''))

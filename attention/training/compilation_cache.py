@@ -1,4 +1,4 @@
-"""Where compiled programs are kept, so that a second start is quick."""
+"""A persistent cache of compiled programs, which speeds up later starts."""
 
 import os
 import pathlib
@@ -6,7 +6,7 @@ import zlib
 
 import jax
 
-# Zstandard, where JAX finds it; zlib otherwise.
+# JAX compresses entries with Zstandard if available, and with zlib otherwise.
 try:
   from compression import zstd  # Python 3.14
 except ImportError:
@@ -18,10 +18,11 @@ _ZSTANDARD = b'\x28\xb5\x2f\xfd'
 
 
 def use_cache() -> None:
-  """JAX's compilation cache, in JAX_COMPILATION_CACHE_DIR or our own folder.
+  """Enable JAX's compilation cache.
 
-  An entry that a kill cut short is removed: JAX would neither use nor replace
-  it, and warn each time.
+  The cache is in JAX_COMPILATION_CACHE_DIR if set, else in attention/jax in the
+  user's cache folder. Entries truncated by a kill are removed: JAX would
+  neither use nor replace them, and would warn each time.
   """
   if not jax.config.jax_compilation_cache_dir:
     home = os.environ.get('XDG_CACHE_HOME', pathlib.Path.home() / '.cache')
@@ -30,26 +31,27 @@ def use_cache() -> None:
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
   jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
   if '://' not in jax.config.jax_compilation_cache_dir:
-    remove_cut_short(pathlib.Path(jax.config.jax_compilation_cache_dir))
+    remove_truncated(pathlib.Path(jax.config.jax_compilation_cache_dir))
 
 
-def remove_cut_short(folder: pathlib.Path) -> int:
-  """Removes the entries of a cache that aren't whole; returns how many.
+def remove_truncated(folder: pathlib.Path) -> int:
+  """Remove truncated entries from a cache; returns their number.
 
-  Looks at those only that were written since it last did.
+  Only entries written since the last check are read.
   """
   marker, removed = folder / 'checked', 0
   try:
     since = marker.stat().st_mtime_ns if marker.exists() else 0
     folder.mkdir(parents=True, exist_ok=True)
-    # Before looking: what is being written meanwhile is looked at next time.
+    # Touch the marker first: entries written during this check are checked
+    # next time.
     marker.touch()
     for path in folder.glob('*-cache'):
       if path.stat().st_mtime_ns >= since and not _is_whole(path.read_bytes()):
         path.unlink()
         removed += 1
   except OSError:
-    pass  # a cache that can't be read or changed: JAX does without
+    pass  # JAX runs without a cache that cannot be read or changed
   return removed
 
 

@@ -1,4 +1,4 @@
-"""The training loop, one for all tasks."""
+"""The training loop, shared by all tasks."""
 
 import contextlib
 import functools
@@ -27,17 +27,18 @@ from attention.training.workdir.metrics import Metrics
 
 
 def train(config, workdir: pathlib.Path) -> None:
-  """Runs a config in a workdir, from its last checkpoint if there is one.
+  """Train a config in a workdir, resuming from its last checkpoint if any.
 
   Args:
     config: an `ml_collections.ConfigDict`; see configs/.
-    workdir: where the run's files go; made if it isn't there.
+    workdir: folder for the run's files, created if missing.
 
   Raises:
-    ValueError: a config, data or workdir that don't fit, or a workdir where
-      another process runs; before anything is compiled or written.
-    OSError: files that can't be read or written.
-    NotFinite: losses or gradients, for too many steps in a row.
+    ValueError: the config, data or workdir is invalid, or another process is
+      running in the workdir. Raised before anything is compiled or written.
+    OSError: a file cannot be read or written.
+    NotFinite: the loss or gradients were non-finite for too many consecutive
+      steps.
   """
   prepare(config, pathlib.Path(workdir))()
 
@@ -49,21 +50,23 @@ def prepare(
   command: str = '',
   profile: tuple[int, int] | None = None,
 ):
-  """Checks everything that can be checked before compiling.
+  """Run all checks that need no compilation, and return the run.
 
   Args:
-    config, workdir: as `train`.
-    command: what to say that goes on with a stopped run.
-    profile: steps done before a trace begins, and when it ends.
+    config: as for `train`.
+    workdir: as for `train`.
+    command: command line that resumes the run, printed when it is stopped.
+    profile: numbers of completed steps at which a trace starts and stops.
 
   Returns:
-    The run, a function without arguments.
+    A function without arguments that trains.
 
   Raises:
-    ValueError, OSError: as `train`.
+    ValueError: as `train`.
+    OSError: as `train`.
   """
   settings = TrainingConfig.create(config.training.to_dict())
-  task = tasks.create(config, run_files.data_to_go_on(workdir, config))
+  task = tasks.create(config, run_files.data_to_resume(workdir, config))
   step = Step.create(config, settings, task)
   memory.check_fits(step.like, step.mesh)
   note = run_files.check(workdir, config, task.record())
@@ -78,54 +81,54 @@ def prepare(
       if processes.is_first():
         stack.enter_context(lock.held(workdir))
       stack.enter_context(precision.applied(settings.precision))
-      with processes.together():
-        begun = _Run(settings, workdir, task, step, command, profile, stack)
-        begun(record)
+      with processes.exit_if_peer_lost():
+        active = _Run(settings, workdir, task, step, command, profile, stack)
+        active(record)
 
   return run
 
 
 class _Run:
-  """A run under way: its task and step, and all that is written of them."""
+  """An active run: its task and step, and the files that it writes."""
 
   def __init__(self, settings, workdir, task, step, command, profile, stack):
     self.settings, self.workdir = settings, workdir
     self.task, self.step = task, step
     self.command, self.profile = command, profile
 
-    def opened(x):
+    def open_(x):
       return stack.enter_context(contextlib.closing(x))
 
-    # Signals first: they are heeded until all that follows is closed.
+    # Enter the signal handlers first, so that they outlive what follows.
     self.stop = stack.enter_context(StopSignals())
     self.report = stack.enter_context(
-      Reporter(settings.steps, is_heard=processes.is_first())
+      Reporter(settings.steps, is_quiet=not processes.is_first())
     )
-    self.checkpoints = opened(
-      Checkpoints(workdir / 'checkpoints', settings.num_kept, self.report.say)
+    self.checkpoints = open_(
+      Checkpoints(workdir / 'checkpoints', settings.num_kept, self.report.print)
     )
     self.start = self.checkpoints.latest_step() or 0
-    self.metrics = opened(
+    self.metrics = open_(
       Metrics(
         workdir / 'metrics.jsonl', self.start, is_kept=processes.is_first()
       )
     )
-    self.trace = opened(Trace(workdir / 'profile', profile))
-    self._opened = opened
+    self.trace = open_(Trace(workdir / 'profile', profile))
+    self._open = open_
 
   def __call__(self, record):
-    """Trains, if anything is left; `record()` first writes that down."""
+    """Train the remaining steps, if any, after calling `record()`."""
     _introduce(self.report, self.task, self.step)
     steps = self.settings.steps
     is_evaluated = self.metrics.has('eval/', self.start)
     if self.start > steps or (self.start == steps and is_evaluated):
-      self.report.say(
-        f'this run ended at step {self.start:,}; to go on, raise '
-        f'--config.training.steps above it ({steps:,} now)'
+      self.report.print(
+        f'this run finished at step {self.start:,}; to continue it, raise '
+        f'--config.training.steps above that (now {steps:,})'
       )
       return
     if note := record():
-      self.report.say(note)
+      self.report.print(note)
     state = self._begin()
     done = self.start
     if self.start and self._is_due('eval_every', done) and not is_evaluated:
@@ -136,21 +139,21 @@ class _Run:
       if done:
         self._save(state, done)
         self.checkpoints.wait()
-      self.report.say(
+      self.report.print(
         f'stopped by {self.stop.name} at step {done:,}; '
-        f'the same command goes on from there: {self.command}'
+        f'to resume, run the same command again: {self.command}'
       )
       return
     self.checkpoints.wait()
-    self.report.say(
+    self.report.print(
       f'finished: see {self.workdir}/checkpoints/{done} and '
-      f'{self.workdir}/plots; to use it: python -m attention '
+      f'{self.workdir}/plots; to use the model: python -m attention '
       f'{self.task.command} --workdir={shlex.quote(str(self.workdir))}'
     )
 
   def _begin(self):
-    """The state to start from; meanwhile the step is compiled."""
-    self.report.say('compiling …')
+    """Compile the step while initialising or restoring; returns the state."""
+    self.report.print('compiling …')
     self.report.advance(self.start)
     clock = time.perf_counter()
     compiling = self.step.compile(self._batch(self.start))
@@ -160,16 +163,16 @@ class _Run:
       init = self.step.compile_init().result()
       state = init()
     compiling.result()
-    self.report.say(f'compiled in {time.perf_counter() - clock:.1f} s')
+    self.report.print(f'compiled in {time.perf_counter() - clock:.1f} s')
     if self.start:
-      self.report.say(f'resumed from step {self.start:,}')
+      self.report.print(f'resumed from step {self.start:,}')
     return jax.block_until_ready(state)
 
   def _train(self, state):
-    """Steps until the last, or until stopped: (steps done, state)."""
+    """Train to the last step or until stopped; returns (steps done, state)."""
     watch, logged, done = Stopwatch(), self.start, self.start
     guard = Watch(
-      self.step.like['params'], self.settings.max_bad_steps, self.report.say
+      self.step.like['params'], self.settings.max_bad_steps, self.report.print
     )
     for n in range(self.start, self.settings.steps):
       batch = self._batch(n)
@@ -197,9 +200,9 @@ class _Run:
 
       is_evaluated = self._is_due('eval_every', done)
       is_saved = self._is_due('checkpoint_every', done)
-      stopped_by = self.stop.ask(done)
+      stopped_by = self.stop.poll(done)
       if is_evaluated or is_saved or stopped_by:
-        # The steps under way are training's time, not the evaluation's.
+        # Finish the steps in flight, so that they count as training time.
         jax.block_until_ready(state)
         with watch.paused():
           if is_evaluated and not stopped_by:
@@ -210,7 +213,7 @@ class _Run:
         break
     return done, state
 
-  # Both take a second, which the first step need not wait for.
+  # Computed lazily: both take a second, which would delay the first step.
   @functools.cached_property
   def _flops(self):
     return flops.count_step(self.task, self.task.batch(self.start))
@@ -218,7 +221,7 @@ class _Run:
   @functools.cached_property
   def _board(self):
     if self.settings.tensorboard and processes.is_first():
-      return self._opened(TensorBoard(self.workdir / 'tb', self.start))
+      return self._open(TensorBoard(self.workdir / 'tb', self.start))
     return None
 
   def _is_due(self, key, done):
@@ -262,11 +265,11 @@ class _Run:
         self._board.scalars(done, values)
 
   def _evaluate(self, state, done):
-    """Measures, draws the loss curve, and writes an example."""
+    """Evaluate the model, draw the loss curve and write an example."""
     try:
       values = self.task.evaluate(state['params'], self._place_or_stop)
     except Interrupted:
-      return  # this evaluation is made up for when the run goes on
+      return  # the resumed run repeats this evaluation
     self._write(done, values)
     self.report.evaluated(done, values)
     params = processes.gather(state['params'])
@@ -276,8 +279,8 @@ class _Run:
   def _show(self, params, done):
     example = self.task.example(params, seed=done)
     path = self.workdir / 'samples' / f'{done:08d}.txt'
-    self.report.say(
-      f'{self.task.example_name}, also in {path}:\n{example.strip()}\n'
+    self.report.print(
+      f'{self.task.example_name}, saved to {path}:\n{example.strip()}\n'
     )
     with self._tolerance('samples and plots'):
       path.parent.mkdir(exist_ok=True)
@@ -299,11 +302,11 @@ class _Run:
 
   @contextlib.contextmanager
   def _tolerance(self, what):
-    """A disk that is full or read-only is told, and doesn't end the run."""
+    """Turn disk errors into warnings, so that they do not end the run."""
     try:
       yield
     except OSError as error:
-      self.report.say(f'warning: {what} could not be written: {error}')
+      self.report.print(f'warning: {what} could not be written: {error}')
 
 
 def _introduce(report, task, step):
@@ -312,11 +315,11 @@ def _introduce(report, task, step):
   size = sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
   devices = jax.devices()
   shape = ' × '.join(f'{k} {v}' for k, v in step.mesh.shape.items() if v > 1)
-  report.say(
+  report.print(
     f'backend     {jax.default_backend()}, {len(devices)} × '
     f'{devices[0].device_kind}'
-    + (f', in use: {shape}' if shape else '')
+    + (f', mesh: {shape}' if shape else '')
     + (f', {n} processes' if (n := jax.process_count()) > 1 else '')
   )
-  report.say(f'parameters  {count:,} ({memory.format_bytes(size)})')
-  report.say(f'data        {task.describe()}')
+  report.print(f'parameters  {count:,} ({memory.format_bytes(size)})')
+  report.print(f'data        {task.describe()}')

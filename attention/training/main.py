@@ -1,4 +1,4 @@
-"""What `python train.py` does."""
+"""Entry point of `python train.py`."""
 
 import os
 import shlex
@@ -11,7 +11,7 @@ from attention.training.optimization import nonfinite
 from attention.training.parallelism import processes
 from attention.training.workdir import lock
 
-# No atomic additions, and the same kernels chosen in every run.
+# Avoid atomic additions, and choose the same kernels in every run.
 _DETERMINISTIC = (
   '--xla_gpu_deterministic_ops=true',
   '--xla_gpu_autotune_level=0',
@@ -19,7 +19,7 @@ _DETERMINISTIC = (
 
 
 def main(argv: list[str]) -> int:
-  """Trains; returns the exit status: 2 for a mistake of the user's."""
+  """Train a config; returns the exit status, 2 for a usage error."""
   if {'--help', '-h'} & set(argv[1:]):
     print(command_line.usage())
     return 0
@@ -37,19 +37,19 @@ def main(argv: list[str]) -> int:
       profile=arguments.profile,
     )
   except (ValueError, OSError) as error:
-    return complain(error)
+    return print_error(error)
   try:
     run()
   except lock.Locked as error:
-    return complain(error)
+    return print_error(error)
   except nonfinite.NotFinite as error:
-    complain(error)
+    print_error(error)
     return 1
   return 0
 
 
-def complain(error: Exception) -> int:
-  """Says in one line what is wrong; returns exit status 2."""
+def print_error(error: Exception) -> int:
+  """Print an error on one line of standard error; returns exit status 2."""
   message = str(error)
   if isinstance(error, OSError) and error.filename is not None:
     message = f'{error.filename}: {error.strerror}'
@@ -58,12 +58,13 @@ def complain(error: Exception) -> int:
 
 
 def set_up_jax(cpu_devices: int = 0, is_deterministic: bool = False) -> None:
-  """Sets what has to be set before JAX is used, its compilation cache too.
+  """Configure JAX and its compilation cache. Call this before JAX is used.
 
   Args:
-    cpu_devices: virtual ones, where there is no accelerator.
-    is_deterministic: only kernels that give the same bits in every run, on GPU
-      (on CPU and TPU all do), at the price of some time.
+    cpu_devices: number of virtual CPU devices, if there is no accelerator.
+    is_deterministic: use only kernels that give the same bits in every run.
+      This matters on GPU, where it costs some speed; all kernels on CPU and TPU
+      are deterministic.
   """
   compilation_cache.use_cache()
   given = os.environ.get('XLA_FLAGS', '')

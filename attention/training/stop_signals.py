@@ -1,4 +1,4 @@
-"""How a run is stopped: by SIGTERM or Ctrl-C, all its processes together."""
+"""Stopping all processes of a run together, on SIGTERM or Ctrl-C."""
 
 import os
 import signal
@@ -9,17 +9,17 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 _SIGNALS = {signal.SIGINT: 'Ctrl-C', signal.SIGTERM: 'SIGTERM'}
-_SHOW_CURSOR = b'\x1b[?25h'  # which a progress bar hides
-# Processes ask each other every so many steps: it makes them wait.
-_ASKED_EVERY = 10
+_SHOW_CURSOR = b'\x1b[?25h'  # the progress bar hides the cursor
+# Steps between exchanges of signals; each exchange makes the processes wait.
+_POLLED_EVERY = 10
 
 
 class Interrupted(Exception):
-  """Raised out of what is best not finished, where a run is to stop."""
+  """Raised to abandon unfinished work when a run has to stop."""
 
 
 class StopSignals:
-  """Notes SIGINT and SIGTERM; a second one stops at once."""
+  """Records SIGINT and SIGTERM; a second signal exits at once."""
 
   def __init__(self):
     self._caught = 0
@@ -38,26 +38,26 @@ class StopSignals:
 
   @property
   def name(self) -> str | None:
-    """What stops this run, if anything does; agreed by all processes."""
+    """Name of the signal that stops the run, agreed by all processes."""
     agreed = self._caught if jax.process_count() == 1 else self._agreed
     return _SIGNALS[agreed] if agreed else None
 
-  def ask(self, step: int) -> str | None:
-    """`name`, after the processes asked each other: all call it together."""
-    if jax.process_count() > 1 and step % _ASKED_EVERY == 0:
+  def poll(self, step: int) -> str | None:
+    """Exchange signals and return `name`. All processes must call this."""
+    if jax.process_count() > 1 and step % _POLLED_EVERY == 0:
       caught = multihost_utils.process_allgather(np.int32(self._caught))
       self._agreed = int(caught.max())
     return self.name
 
   def check(self) -> None:
-    """Raises Interrupted where the run is to stop."""
+    """Raise Interrupted if the run has to stop."""
     if self.name:
       raise Interrupted
 
   def _catch(self, number, _):
     if self._caught:
-      # Not by an exception: a compilation under way would be waited for. What
-      # is on disk is whole at any moment.
+      # An exception would wait for a running compilation. Exiting here is safe
+      # because the files on disk are valid at any moment.
       if os.isatty(1):
         os.write(1, _SHOW_CURSOR)
       os._exit(128 + number)

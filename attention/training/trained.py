@@ -1,4 +1,4 @@
-"""Runs that were trained, opened to be used."""
+"""Loading trained models from their runs."""
 
 import pathlib
 
@@ -10,17 +10,18 @@ from attention.training.workdir.checkpoints import Checkpoints, abstract
 
 
 def load(workdir, kind: str | None = None) -> tuple:
-  """A run's task, without its data, and the parameters trained last.
+  """Load a run's task, without its data, and the newest parameters.
 
   Args:
     workdir: folder of the run.
-    kind: the task that it must be of ('language', …); None: any.
+    kind: the required task ('language', …); None accepts any.
 
   Returns:
     (task, params), such as a `Language` and {module: {name: array}}.
 
   Raises:
-    ValueError: no run there, one of another task, or no checkpoint yet.
+    ValueError: the workdir has no run, a run of another task, or no checkpoint
+      yet.
   """
   workdir = pathlib.Path(workdir)
   config = run_files.load_config(workdir)
@@ -33,10 +34,10 @@ def load(workdir, kind: str | None = None) -> tuple:
 
 
 def params(workdir, task) -> dict:
-  """The newest parameters of a run whose task is at hand already.
+  """Load the newest parameters of a run whose task is already loaded.
 
   Raises:
-    ValueError: no checkpoint yet.
+    ValueError: the run has no checkpoint yet.
   """
   directory = pathlib.Path(workdir) / 'checkpoints'
   checkpoints = Checkpoints(directory) if directory.is_dir() else None

@@ -23,24 +23,24 @@ def _mesh():
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-  """The keys of config.training, with what they are where a config has none.
+  """The keys of config.training, with their defaults.
 
-  A change of those in `FREE` changes no number of a run, but for its length:
-  a run may go on with others.
+  The keys in `FREE` affect no result of a run apart from its length, so a run
+  may resume with other values for them.
   """
 
   steps: int
-  log_every: int  # in steps, as the next two
+  log_every: int  # in steps, as are the next two
   eval_every: int
   checkpoint_every: int
-  num_kept: int = 3  # checkpoints, the newest ones; the best stays as well
+  num_kept: int = 3  # number of newest checkpoints kept, besides the best
   cpu_devices: int = 2  # virtual devices that share a batch on CPU
   mesh: dict = dataclasses.field(default_factory=_mesh)
-  max_bad_steps: int = 5  # in a row, of losses or gradients not finite
+  max_bad_steps: int = 5  # consecutive non-finite steps that end the run
   precision: str = ''  # 'params=float32,compute=bfloat16,output=float32'
-  deterministic: bool = False  # on GPU, the same bits in every run; slower
-  tensorboard: bool = True  # tb/, where tensorboardX is installed
-  num_microbatches: int = 1  # parts of a batch, whose gradients are added up
+  deterministic: bool = False  # same bits in every run on GPU; slower
+  tensorboard: bool = True  # write tb/ if tensorboardX is installed
+  num_microbatches: int = 1  # parts of a batch; gradients are accumulated
 
   FREE = (
     'steps',

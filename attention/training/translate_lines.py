@@ -1,29 +1,29 @@
-"""Lines in, answers out: what `python -m attention translate` does."""
+"""Line-by-line translation for `python -m attention translate`."""
 
 import queue
 import threading
 
-_ROWS = 64  # lines that are answered at once, if as many are there
+_ROWS = 64  # maximum number of lines translated together
 
 
 def answer_lines(task, params, lines, output, errors, *, beam_size: int) -> int:
-  """Writes an answer for each line as soon as it can.
+  """Translate each line as soon as possible.
 
-  Lines that are there already are answered together; a slow writer gets each
-  answer before the next line.
+  Lines that are already available are translated together. A line that arrives
+  alone is answered before the next one arrives.
 
   Args:
     task: a `Translation`.
-    params: of its model.
+    params: parameters of its model.
     lines: binary file to read.
-    output: text file for the answers, one a line; a line that can't be read
-      has an empty one.
-    errors: text file for why it can't, and for a prompt if `lines` is a
-      terminal.
+    output: text file for the answers, one per line; a refused line has an empty
+      answer.
+    errors: text file for the reasons of refusals, and for a prompt if `lines`
+      is a terminal.
     beam_size: see `Translation.translate`.
 
   Returns:
-    How many lines couldn't be read.
+    The number of refused lines.
   """
   is_terminal = lines.isatty()
   waiting = queue.Queue(4 * _ROWS)
@@ -54,7 +54,7 @@ def answer_lines(task, params, lines, output, errors, *, beam_size: int) -> int:
 
 
 def _take(waiting):
-  """The lines that are there, at least one, and whether they are the last."""
+  """Return the available lines, waiting for one, and whether input ended."""
   batch = []
   while len(batch) < _ROWS:
     try:
@@ -68,7 +68,7 @@ def _take(waiting):
 
 
 def _read(task, line):
-  """The text of a line, and why it is refused, if it is."""
+  """Return the text of a line, and the reason if it is refused."""
   try:
     text = line.decode().strip()
   except UnicodeDecodeError as error:

@@ -1,4 +1,4 @@
-"""The compilation cache: an entry that a kill cut short is removed."""
+"""The compilation cache: truncated entries are removed."""
 
 import os
 import subprocess
@@ -29,7 +29,7 @@ def _compile(folder):
   return done.stderr
 
 
-def test_an_entry_cut_short_is_replaced_without_a_word(tmp_path):
+def test_truncated_entries_are_replaced_without_warning(tmp_path):
   assert not _compile(tmp_path)
   before = {p.name: p.read_bytes() for p in tmp_path.glob('*-cache')}
   assert before
@@ -42,20 +42,20 @@ def test_an_entry_cut_short_is_replaced_without_a_word(tmp_path):
     assert len(content) > 0.9 * len(before[name])
 
 
-def test_only_what_is_new_is_looked_at(tmp_path, monkeypatch):
+def test_only_new_entries_are_checked(tmp_path, monkeypatch):
   whole = zlib.compress(b'a program' * 100)
   (tmp_path / 'a-cache').write_bytes(whole)
   (tmp_path / 'b-cache').write_bytes(whole[:-1])
   (tmp_path / 'c-cache').write_bytes(b'')
   (tmp_path / 'c-atime').write_bytes(b'')
-  assert compilation_cache.remove_cut_short(tmp_path) == 2
+  assert compilation_cache.remove_truncated(tmp_path) == 2
   names = sorted(path.name for path in tmp_path.iterdir())
   assert names == ['a-cache', 'c-atime', 'checked']
   os.utime(tmp_path / 'a-cache', (0, 0))
   monkeypatch.setattr(compilation_cache, '_is_whole', pytest.fail)
-  assert compilation_cache.remove_cut_short(tmp_path) == 0
+  assert compilation_cache.remove_truncated(tmp_path) == 0
 
 
-def test_a_cache_that_is_not_there_is_made(tmp_path):
-  assert compilation_cache.remove_cut_short(tmp_path / 'new' / 'cache') == 0
+def test_a_missing_cache_folder_is_created(tmp_path):
+  assert compilation_cache.remove_truncated(tmp_path / 'new' / 'cache') == 0
   assert (tmp_path / 'new' / 'cache').is_dir()

@@ -1,4 +1,4 @@
-"""Runs at :debug on a small text, in this process or in one of their own."""
+"""Fixtures: runs of size :debug on a small text, here or in a subprocess."""
 
 import os
 import pathlib
@@ -21,7 +21,7 @@ def text(tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def config(text):
-  """config(size='debug', **{'training.steps': 7}): gpt_char on that text."""
+  """config(size='debug', **{'training.steps': 7}): gpt_char on `text`."""
 
   def make(name='gpt_char', size='debug', **changes):
     path = _ROOT / 'configs' / f'{name}.py'
@@ -35,7 +35,7 @@ def config(text):
 
 @pytest.fixture(scope='session')
 def ended(config, tmp_path_factory):
-  """Workdir of a run of 3 steps that others use too: copy it to change it."""
+  """The workdir of a finished run of 3 steps. Shared: copy it to change it."""
   workdir = tmp_path_factory.mktemp('ended') / 'run'
   loop.train(config(**{'training.steps': 3}), workdir)
   return workdir
@@ -43,7 +43,7 @@ def ended(config, tmp_path_factory):
 
 @pytest.fixture
 def python():
-  """python(*words): starts `python *words` in the repository."""
+  """python(*words): starts `python *words` in the repository root."""
   processes = []
 
   def start(*words):

@@ -1,4 +1,4 @@
-"""python -m attention inspect --device: programs for what is not attached."""
+"""python -m attention inspect --device: programs for unattached devices."""
 
 import importlib.util
 import os
@@ -72,9 +72,9 @@ all-gather-start(%x, /*index=1*/%y), dimensions={0}
 
 
 @pytest.mark.parametrize('turns', [0, 1, 5])
-def test_kernels_and_collectives_of_a_text_are_counted(turns):
+def test_kernels_and_collectives_are_counted(turns):
   counts = hlo.count(_TEXT, turns)
-  # The call, the copy, the updates, and two kernels in each turn of a loop.
+  # The call, the copy, the updates, and two kernels per loop iteration.
   assert counts.kernels == 1 + 1 + 2 + 2 * (3 + turns)
   assert counts.copies == 1
   assert counts.collectives == {
@@ -93,7 +93,7 @@ def test_kernels_and_collectives_of_a_text_are_counted(turns):
     (lambda n: 7 + 3 * n - 400 * (n > 250), 1_000, 1, 464),  # a jump
     (lambda n: 7 + 3 * n, 40, 4, 8),
     (lambda n: 7 + 3 * n, 6, 4, 0),
-    (lambda n: 7 + 3 * n, 10**9, 4, 2_000),  # no larger one is looked for
+    (lambda n: 7 + 3 * n, 10**9, 4, 2_000),  # the cap
   ],
 )
 def test_the_largest_batch_is_found_in_few_steps(needs, limit, unit, expected):
@@ -109,7 +109,7 @@ def test_the_largest_batch_is_found_in_few_steps(needs, limit, unit, expected):
 @pytest.mark.parametrize(
   'name', ['x100', '', 'h100:0', 'h100:2x2', 'h100:12', 'v5e', 'v5e:4']
 )
-def test_a_wrong_device_is_one_line(name, capsys, unset):
+def test_unknown_devices_are_reported_in_one_line(name, capsys, unset):
   words = ['inspect', '--config=configs/gpt_char.py:debug', f'--device={name}']
   assert cli.main(words) == 2
   error = capsys.readouterr().err
@@ -119,7 +119,7 @@ def test_a_wrong_device_is_one_line(name, capsys, unset):
 
 @pytest.fixture
 def unset(monkeypatch):
-  """Keeps JAX's settings, and those of libtpu, as they are."""
+  """Keep the settings of JAX and libtpu unchanged."""
   monkeypatch.setattr(jax.config, 'update', lambda *_: None)
   monkeypatch.setattr(os, 'environ', dict(os.environ))
 
@@ -131,7 +131,7 @@ def unset(monkeypatch):
     ('v5e:2x2', RuntimeError('no libtpu'), 'devices-tpu'),
   ],
 )
-def test_a_missing_compiler_is_one_line(
+def test_missing_compilers_are_reported_in_one_line(
   name, error, extra, monkeypatch, capsys, unset
 ):
   def refuse(**_):
@@ -141,7 +141,7 @@ def test_a_missing_compiler_is_one_line(
   words = ['inspect', '--config=configs/gpt_char.py:debug', f'--device={name}']
   assert cli.main(words) == 2
   assert capsys.readouterr().err == (
-    f"error: --device={name}: its compiler isn't installed; pip install -e "
+    f'error: --device={name}: its compiler is not installed; pip install -e '
     f"'.[{extra}]'\n"
   )
 
@@ -150,8 +150,8 @@ def _rows(lines):
   return {line[:44].strip(): line[44:].strip() for line in lines}
 
 
-class _Refused:
-  """What a compiler refuses."""
+class _Uncompilable:
+  """A lowered program that fails to compile."""
 
   def __init__(self, message):
     self.message = message
@@ -168,9 +168,9 @@ class _Refused:
     ('Ran out of memory in memory space vmem. Used 20M of 16M', 'space vmem'),
   ],
 )
-def test_what_a_compiler_refuses_is_one_line(message, expected, cpu):
+def test_compiler_errors_are_reported_in_one_line(message, expected, cpu):
   with pytest.raises(ValueError, match='^--device=h100: ') as error:
-    Program.compile(_Refused(message), cpu)
+    Program.compile(_Uncompilable(message), cpu)
   assert expected in str(error.value) and '\n' not in str(error.value)
 
 
@@ -182,14 +182,14 @@ def test_what_a_compiler_refuses_is_one_line(message, expected, cpu):
     'Ran out of memory in memory space hbm. Used 1.50G of 1.00G hbm.',
   ],
 )
-def test_what_is_too_large_for_a_tpu_tells_its_size(message, cpu):
-  program = Program.compile(_Refused(message), cpu)
+def test_size_is_read_from_out_of_memory_errors(message, cpu):
+  program = Program.compile(_Uncompilable(message), cpu)
   assert program.total == 3 * 2**29 and not program.text
 
 
 @pytest.fixture
 def cpu():
-  """This machine, as if it were another."""
+  """This machine's CPU, posing as an h100 with 1 MiB."""
   return catalogue.Target('h100', tuple(jax.devices()[:1]), 2**20, 0.5)
 
 
@@ -208,11 +208,12 @@ def test_a_step_is_compiled_and_counted(config, cpu, monkeypatch):
   assert int(rows['kernels']) == hlo.count(program.text).kernels > 0
   assert rows['4 fits'] == memory.format_bytes(program.total)
   left = memory.format_bytes(cpu.usable - program.total)
-  assert (rows['all'], rows['for programs, 50%']) == ('1.0 MiB', '512.0 KiB')
-  assert rows['left'] == left
+  assert rows['total'] == '1.0 MiB'
+  assert rows['available to programs, 50%'] == '512.0 KiB'
+  assert rows['free'] == left
 
 
-def test_other_batches_are_compiled_while_there_is_time(
+def test_other_batches_are_compiled_within_the_time_budget(
   config, cpu, monkeypatch
 ):
   small = config(**{'training.num_microbatches': 2})
@@ -223,33 +224,34 @@ def test_other_batches_are_compiled_while_there_is_time(
 
   monkeypatch.setattr(Training, 'compile', compile_quickly)
   rows = _rows(report.of_training(small, task, cpu, seconds=600.0))
-  assert rows['largest that fits'] == '264'
+  assert rows['largest batch'] == '264'
   assert rows['264 fits'] == memory.format_bytes(524_000)
   rows = _rows(report.of_training(small, task, cpu, seconds=0.0))
   assert [x for x in rows if x.endswith(' fits')] == ['4 fits']
-  assert int(rows['largest that fits, about (see --seconds)']) > 4
+  assert int(rows['largest batch, estimated (see --seconds)']) > 4
 
 
-def test_what_writes_is_compiled_with_its_cache(config, cpu):
+def test_decoding_is_compiled_with_its_cache(config, cpu):
   task = tasks.create(config())
   rows = _rows(report.of_decoding(task, cpu))
-  # 8 tokens, and 4 that are written of which the last isn't fed; of each, 16
-  # channels of keys and of values in 2 layers, which count what they hold.
+  # 8 prompt tokens and 4 generated ones, the last of which is not fed back.
+  # Each of 2 layers holds 16 channels of keys and of values per token, and two
+  # integers.
   assert rows['cache'] == memory.format_bytes(2 * (11 * 2 * 16 + 2) * 4)
   params = jax.eval_shape(task.init, jax.random.key(0))
   size = sum(4 * x.size for x in jax.tree.leaves(params))
   assert rows['weights'] == memory.format_bytes(size)
-  assert int(rows['kernels']) > 0 < int(rows['kernels before the first'])
+  assert int(rows['kernels']) > 0 < int(rows['kernels before the first token'])
 
 
-def test_a_translators_decoding_is_compiled_too(cpu):
+def test_decoding_of_a_translator_is_compiled(cpu):
   task = tasks.create(command_line.load_config('configs/dates.py:debug'))
   rows = _rows(report.of_decoding(task, cpu))
   assert int(rows['kernels']) > 0 and rows['cache'] != '0 B'
 
 
-def test_a_task_that_writes_nothing_is_refused(cpu):
-  with pytest.raises(ValueError, match='expected a task that writes'):
+def test_tasks_that_generate_no_text_raise(cpu):
+  with pytest.raises(ValueError, match='expected a task that generates text'):
     next(report.of_decoding(object(), cpu))
 
 
@@ -260,7 +262,7 @@ _COMPILERS = {
 
 
 @pytest.mark.parametrize('device', _COMPILERS)
-def test_a_step_is_compiled_for_devices_that_are_not_here(
+def test_a_step_is_compiled_for_unattached_devices(
   device, config, text, python
 ):
   if not any(map(importlib.util.find_spec, _COMPILERS[device])):
@@ -277,11 +279,11 @@ def test_a_step_is_compiled_for_devices_that_are_not_here(
   task = tasks.create(small)
   settings = TrainingConfig.create(small.training.to_dict())
   step = Step.create(small, settings, task, jax.devices()[:1])
-  # The gradients, the loss and the count of tokens are added up as one vector.
+  # Gradients, loss and token count are reduced as one vector.
   size = memory.bytes_per_device(step.like['params']) + 2 * 4
   assert rows['1 × all-reduce'] == memory.format_bytes(size)
-  assert int(rows['kernels']) > int(rows['of them copies'])
-  if device == 'h100:2':  # a TPU's memory is cut into tiles
+  assert int(rows['kernels']) > int(rows['of which copies'])
+  if device == 'h100:2':  # TPUs pad arrays to tiles
     batch = sum(x.size * x.itemsize for x in task.batch(0).values())
     state = memory.bytes_per_device(step.like) + batch // 2 + 4
     name = 'parameters, optimizer state, batch'

@@ -1,4 +1,4 @@
-"""Each mistake is answered in one line, with status 2, nothing compiled."""
+"""Usage errors: one line, exit status 2, before anything is compiled."""
 
 import time
 
@@ -10,7 +10,7 @@ from attention.training import loop
 from attention.training import main as training_main
 
 _CONFIG = 'configs/gpt_char.py:debug'
-# name: (words after --config=…, what the line says); {tmp} is a folder.
+# name: (arguments after --config=…, expected message); {tmp} is a folder.
 _MISTAKES = {
   'unknown_key': (
     ['--config.model.num_layer=4'],
@@ -20,10 +20,10 @@ _MISTAKES = {
   'no_key_near': (['--config.model.colour=2'], 'model.colour: no such key\n'),
   'no_dashes': (
     ['config.model.num_layers=4'],
-    'config.model.num_layers=4: a leftover word; did you mean '
+    'config.model.num_layers=4: unexpected argument; did you mean '
     '--config.model.num_layers=4?',
   ),
-  'leftover': (['again'], 'again: a leftover word'),
+  'leftover': (['again'], 'again: unexpected argument'),
   'no_value': (['--config.model.num_layers'], 'expected --config.model.num_'),
   'wrong_type': (
     ['--config.model.num_layers=four'],
@@ -36,7 +36,7 @@ _MISTAKES = {
   ),
   'no_group': (
     ['--config.data=foo'],
-    '--config.data: expected its keys one by one, such as --config.data.',
+    '--config.data: expected individual keys, such as --config.data.',
   ),
   'no_id': (['--process_id=a'], "--process_id: expected an integer, got 'a'"),
   'unknown_flag': (['--workdri=x'], "Unknown command line flag 'workdri'"),
@@ -58,7 +58,7 @@ _MISTAKES = {
   ),
   'precision': (
     ['--config.training.precision=params=float33'],
-    'training.precision: expected such as',
+    'training.precision: expected a policy such as',
   ),
   'no_axis': (
     ['--config.training.mesh.fdsp=2'],
@@ -67,11 +67,11 @@ _MISTAKES = {
   ),
   'mesh': (
     ['--config.training.mesh.tensor=99'],
-    '× 99; --config.training.cpu_devices=99 gives more of them',
+    '× 99; set --config.training.cpu_devices=99 for more virtual devices',
   ),
   'no_devices': (
     ['--config.training.mesh.data=0'],
-    'training.mesh.data: expected 1 or more, or -1 for all that are left, got',
+    'training.mesh.data: expected 1 or more, or -1 for all remaining devices',
   ),
   'bad_steps': (['--config.training.max_bad_steps=0'], 'expected 1 or more'),
   'level': (['--config.data.level=words'], 'level: expected'),
@@ -121,7 +121,7 @@ _MISTAKES = {
 }
 
 
-# A tokenizer that knows no word.
+# A tokenizer that maps every word to [UNK].
 _LOSSY = """{
   "version": "1.0", "truncation": null, "padding": null, "added_tokens": [],
   "normalizer": null, "pre_tokenizer": null, "post_processor": null,
@@ -132,7 +132,7 @@ _LOSSY = """{
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, text, capsys):
-  """run(*words) -> (status, what was said on standard error)."""
+  """run(*words) -> (exit status, text on standard error)."""
   (tmp_path / 'empty').write_bytes(b'')
   (tmp_path / 'latin').write_bytes('déjà vu'.encode('latin-1') * 100)
   (tmp_path / 'short').write_text('abc')
@@ -155,8 +155,8 @@ def run(tmp_path, monkeypatch, text, capsys):
   return run
 
 
-def _assert_one_line(said, message):
-  status, error = said
+def _assert_one_line(result, message):
+  status, error = result
   assert status == 2
   assert error.startswith('error: ')
   assert error.count('\n') == 1
@@ -164,7 +164,7 @@ def _assert_one_line(said, message):
 
 
 @pytest.mark.parametrize('name', _MISTAKES)
-def test_a_mistake_is_answered_in_one_line(name, run, tmp_path):
+def test_usage_errors_are_one_line(name, run, tmp_path):
   words, message = _MISTAKES[name]
   common = [f'--config={_CONFIG}', '--workdir={tmp}/run']
   clock = time.process_time()
@@ -176,12 +176,12 @@ def test_a_mistake_is_answered_in_one_line(name, run, tmp_path):
 @pytest.mark.parametrize('word', ['--help', '-h'])
 def test_help_names_all_flags(word, capsys):
   assert training_main.main(['train.py', word]) == 0
-  said = capsys.readouterr().out
-  for name in ('config', *training_main.flags.Arguments._fields):
-    assert f'--{name}=' in said
+  output = capsys.readouterr().out
+  for name in ('config', *training_main.command_line.Arguments._fields):
+    assert f'--{name}=' in output
 
 
-def test_config_files_that_do_not_serve_are_named(run, tmp_path):
+def test_errors_name_invalid_config_files(run, tmp_path):
   (tmp_path / 'other.py').write_text('x = 1\n')
   (tmp_path / 'raises.py').write_text('def get_config(): return oops\n')
   for words, message in (
@@ -202,40 +202,40 @@ def test_config_files_that_do_not_serve_are_named(run, tmp_path):
 
 def test_a_workdir_of_another_run_shows_the_difference(config, run, tmp_path):
   settings = config(**{'training.steps': 1})
-  loop.records.write(tmp_path / 'run', settings, {'sha256': '0' * 64})
+  loop.run_files.write(tmp_path / 'run', settings, {'sha256': '0' * 64})
   (tmp_path / 'run' / 'checkpoints' / '1').mkdir(parents=True)
   common = [
     f'--config={_CONFIG}',
     '--workdir={tmp}/run',
     f'--config.data.path={settings.data.path}',
   ]
-  said = run(*common, '--config.model.num_layers=3', '--config.seed=1')
-  _assert_one_line(said, '(model.num_layers 2 → 3, seed 0 → 1)')
-  # steps and log_every differ too, but may.
+  result = run(*common, '--config.model.num_layers=3', '--config.seed=1')
+  _assert_one_line(result, '(model.num_layers 2 → 3, seed 0 → 1)')
+  # steps and log_every differ as well, which is allowed.
   _assert_one_line(run(*common), 'on other data (sha256 00000000… → ')
 
 
-def test_a_workdir_without_a_checkpoint_serves_another_config(
+def test_a_workdir_without_a_checkpoint_accepts_another_config(
   config, text, run, tmp_path
 ):
   settings = config(**{'training.steps': 1})
-  loop.records.write(tmp_path / 'run', settings, {'sha256': '0' * 64})
+  loop.run_files.write(tmp_path / 'run', settings, {'sha256': '0' * 64})
   common = [f'--config={_CONFIG}', '--workdir={tmp}/run']
   common += [f'--config.data.path={text}', '--config.seed=1']
   with pytest.raises(AssertionError, match='got as far as running'):
     run(*common)
   with loop.lock.held(tmp_path / 'run'):
-    _assert_one_line(run(*common), 'runs here')
-  note = loop.records.check(tmp_path / 'run', config(seed=1), {})
-  assert 'no step of its former config was saved; begins anew' in note
+    _assert_one_line(run(*common), 'is running here')
+  note = loop.run_files.check(tmp_path / 'run', config(seed=1), {})
+  assert 'no checkpoint of its previous config; starting afresh' in note
 
 
-def test_a_damaged_config_is_named(config, run, tmp_path, capsys):
+def test_errors_name_a_damaged_config(config, run, tmp_path, capsys):
   (tmp_path / 'run').mkdir()
   (tmp_path / 'run' / 'config.json').write_text('{bad')
   data = f'--config.data.path={config().data.path}'
   workdir = '--workdir={tmp}/run'
-  said = run(f'--config={_CONFIG}', workdir, data)
-  _assert_one_line(said, 'run/config.json: not JSON: ')
+  result = run(f'--config={_CONFIG}', workdir, data)
+  _assert_one_line(result, 'run/config.json: not JSON: ')
   status = cli.main(['sample', f'--workdir={tmp_path}/run'])
   _assert_one_line((status, capsys.readouterr().err), 'config.json: not JSON: ')

@@ -1,4 +1,4 @@
-"""Faults of numbers, disks and machines in runs (docs/guides/reliability.md)."""
+"""Non-finite steps in runs (docs/guides/reliability.md)."""
 
 import jax
 import numpy as np
@@ -14,7 +14,7 @@ from attention.training.workdir.checkpoints import Checkpoints
 
 @pytest.fixture
 def poison(monkeypatch):
-  """poison(*steps): the loss of these steps is NaN."""
+  """poison(*steps): makes the loss NaN at these steps."""
   batch, loss = Language.batch, Language.loss
 
   def poison(*steps):
@@ -44,7 +44,7 @@ def _tiny(config, **changes):
 
 
 def _newest(workdir):
-  """(step, state) of the newest checkpoint, whatever is in it."""
+  """Return (step, state) of the newest checkpoint, with all its parts."""
   checkpoints = Checkpoints(workdir / 'checkpoints')
   step = checkpoints.latest_step()
   return step, checkpoints.restore_all(step)
@@ -59,7 +59,7 @@ def _assert_finite(state):
 @pytest.mark.parametrize(
   'steps',
   [[4], [1, 4, 5, 6, 7]],
-  ids=['one', 'one_fewer_than_too_many'],
+  ids=['one', 'one_below_the_limit'],
 )
 def test_bad_steps_are_skipped_and_counted(
   config, tmp_path, capsys, poison, steps
@@ -74,13 +74,13 @@ def test_bad_steps_are_skipped_and_counted(
   step, state = _newest(tmp_path / 'run')
   assert step == 9
   _assert_finite(state)
-  # Each step but the bad ones moved the optimizer's count.
+  # Every good step incremented the optimizer's count.
   counts = [x for x in jax.tree.leaves(state['optimizer']) if np.ndim(x) == 0]
   assert counts == [9 - len(steps)] * len(counts) != []
-  assert f'{len(steps)} in all' in capsys.readouterr().out
+  assert f'{len(steps)} in total' in capsys.readouterr().out
 
 
-def test_too_many_bad_steps_end_the_run_by_name(
+def test_too_many_bad_steps_end_the_run_with_the_parameter_name(
   config, tmp_path, capsys, poison, monkeypatch
 ):
   poison(*range(4, 99))
@@ -89,16 +89,15 @@ def test_too_many_bad_steps_end_the_run_by_name(
     command_line,
     'parse',
     lambda _: command_line.Arguments(settings, tmp_path / 'run'),
-    'parse',
-    lambda _: command_line.Arguments(settings, tmp_path / 'run'),
   )
   monkeypatch.setattr(training_main, 'set_up_jax', lambda *_: None)
   assert training_main.main(['train.py']) == 1
   error = capsys.readouterr().err
   assert error.count('\n') == 1
-  assert 'from step 4 on, 5 steps in a row, the gradient of gpt/' in error
+  assert 'the gradient of gpt/' in error
+  assert 'finite for 5 consecutive steps, starting at step 4;' in error
   step, state = _newest(tmp_path / 'run')
   assert step in (8, 9)
   _assert_finite(state)
-  with pytest.raises(NotFinite, match='from step 4 on, [67] steps in a row'):
+  with pytest.raises(NotFinite, match='for [67] consecutive .* at step 4;'):
     loop.train(settings, tmp_path / 'run')

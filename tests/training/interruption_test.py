@@ -1,4 +1,4 @@
-"""Stops, kills and disks in subprocesses (docs/guides/reliability.md)."""
+"""Signals, kills and full disks in subprocesses: docs/guides/reliability.md."""
 
 import json
 import os
@@ -34,13 +34,13 @@ def train(text, tmp_path, python):
 
 
 def _finish(process):
-  said, error = process.communicate(timeout=1_200)
+  output, error = process.communicate(timeout=1_200)
   assert process.returncode == 0, error
-  return said
+  return output
 
 
 def _state(workdir):
-  """(step, {part: bytes of its leaves}) of the newest checkpoint."""
+  """Return (step, {path: bytes of the leaf}) of the newest checkpoint."""
   import jax
 
   checkpoints = Checkpoints(workdir / 'checkpoints')
@@ -54,7 +54,7 @@ def _state(workdir):
 
 
 def _figures(workdir):
-  """What a run measured, but for times."""
+  """Return a run's metrics, except timings."""
   return [
     {k: v for k, v in line.items() if 'second' not in k}
     for line in metrics.read(workdir / 'metrics.jsonl')
@@ -62,7 +62,7 @@ def _figures(workdir):
 
 
 def _wait_for(process, word):
-  """Reads what a process says up to a line with that word."""
+  """Read a process's output up to a line that contains `word`."""
   for line in process.stdout:
     if word in line:
       return
@@ -78,7 +78,7 @@ def _wait_until(condition, process, seconds=200):
 
 
 _MOMENTS = {
-  # name: (words that make the moment long, how it begins)
+  # name: (arguments that prolong the moment, output at its start)
   'compiling': ([], 'compiling'),
   'evaluating': (['--config.training.eval_every=1'], 'step 2/'),
   'saving': (['--config.training.checkpoint_every=1'], 'step 1/'),
@@ -90,9 +90,9 @@ def _check_stop(train, tmp_path, moment):
   stopped = train(moment, *words, steps=40)
   _wait_for(stopped, word)
   stopped.send_signal(signal.SIGTERM)
-  said = _finish(stopped)
-  assert 'stopped by SIGTERM at step' in said
-  assert f'--workdir={tmp_path / moment}' in said.split('the same command')[1]
+  output = _finish(stopped)
+  assert 'stopped by SIGTERM at step' in output
+  assert f'--workdir={tmp_path / moment}' in output.split('same command')[1]
   workdir = tmp_path / moment
   lines = _figures(workdir)
   if moment == 'compiling':
@@ -104,7 +104,7 @@ def _check_stop(train, tmp_path, moment):
 
 
 @pytest.mark.parametrize('moment', ['compiling', 'evaluating'])
-def test_sigterm_is_heeded_at_any_moment(train, tmp_path, moment):
+def test_sigterm_stops_a_run_at_any_moment(train, tmp_path, moment):
   _check_stop(train, tmp_path, moment)
 
 
@@ -124,7 +124,7 @@ def test_a_second_signal_ends_a_compilation_at_once(train, number):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('moment', _MOMENTS)
-def test_a_stopped_run_ends_as_one_never_stopped(train, tmp_path, moment):
+def test_a_stopped_run_ends_like_an_uninterrupted_one(train, tmp_path, moment):
   workdir, words = _check_stop(train, tmp_path, moment)
   _finish(train(moment, *words, steps=40))
   _finish(train('whole', *words, steps=40))
@@ -134,7 +134,7 @@ def test_a_stopped_run_ends_as_one_never_stopped(train, tmp_path, moment):
 
 @pytest.mark.slow
 def test_twenty_kills_change_no_byte(train, tmp_path):
-  # Evaluations are what takes long; the last one is enough.
+  # Evaluations take most of the time, so evaluate only once, at the end.
   words, steps = ['--config.training.eval_every=8000'], 8_000
   _finish(train('whole', *words, steps=steps))
   chance, kills, attempts = random.Random(0), 0, 0
@@ -158,37 +158,38 @@ def test_twenty_kills_change_no_byte(train, tmp_path):
   assert kills == 20
 
 
-def test_a_full_disk_is_warned_of_and_training_goes_on(train, tmp_path):
+def test_training_continues_with_a_warning_on_a_full_disk(train, tmp_path):
   process, workdir = train('full'), tmp_path / 'full'
   _wait_until(lambda: (workdir / 'checkpoints' / '70').exists(), process)
   # No file may grow beyond 100 bytes from now on, as on a full disk.
   resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100, 100))
-  said, error = process.communicate(timeout=300)
+  output, error = process.communicate(timeout=300)
   assert process.returncode == 0, error
-  assert 'step 400/400' in said
-  assert 'could not be written' in said
+  assert 'step 400/400' in output
+  assert 'could not be written' in output
   assert 'Traceback' not in error
   step, _ = _state(workdir)
   assert 70 <= step < 400
-  said = _finish(train('full'))
-  assert f'resumed from step {step}' in said
+  output = _finish(train('full'))
+  assert f'resumed from step {step}' in output
   assert _state(workdir)[0] == 400
   evaluated = [x['step'] for x in _figures(workdir) if 'eval/loss' in x]
   assert evaluated == [150, 300, 400]
 
 
-def test_the_second_run_in_a_workdir_is_refused(train, tmp_path):
+def test_a_second_run_in_a_workdir_is_refused(train, tmp_path):
   first = train('shared', steps=100_000)
   _wait_for(first, 'compiling')
   second = train('shared', steps=100_000)
   error = second.communicate(timeout=100)[1]
   assert second.returncode == 2
   assert error.count('\n') == 1
-  assert f'process {first.pid} on {os.uname().nodename} runs here' in error
+  holder = f'process {first.pid} on {os.uname().nodename}'
+  assert f'{holder} is running here' in error
   first.kill()
 
 
-def test_a_workdir_holds_only_what_a_run_leaves(train, tmp_path):
+def test_a_workdir_has_only_the_documented_files(train, tmp_path):
   _finish(train('run', '--config.training.tensorboard=False', steps=20))
   assert sorted(p.name for p in (tmp_path / 'run').iterdir()) == [
     'checkpoints', 'config.json', 'data.json', 'env.json', 'lock',

@@ -1,4 +1,4 @@
-"""Runs: they learn, stop, go on to the same bytes, and say so."""
+"""Training runs: learning, stopping, exact resumption and their output."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ from attention.training.workdir.checkpoints import Checkpoints, abstract
 
 
 def _state(workdir):
-  """The newest checkpoint as a flat dict of arrays, and its step."""
+  """Return the newest step, and its state as a flat dict of arrays."""
   config = run_files.load_config(workdir)
   task = tasks.load(config, workdir)
   optimizer, _ = optimizers.adamw(
@@ -36,7 +36,7 @@ def _state(workdir):
 
 
 def _figures(workdir):
-  """What a run measured, but for times."""
+  """Return a run's metrics, except timings."""
   return [
     {k: v for k, v in line.items() if 'second' not in k}
     for line in metrics.read(workdir / 'metrics.jsonl')
@@ -52,7 +52,7 @@ def _assert_same_run(one, two):
   assert _figures(one) == _figures(two)
 
 
-def test_a_run_learns_and_leaves_its_files(config, tmp_path, capsys):
+def test_a_run_learns_and_writes_its_files(config, tmp_path, capsys):
   workdir = tmp_path / 'run'
   loop.train(config(**{'optimizer.learning_rate': 1e-2}), workdir)
   lines = metrics.read(workdir / 'metrics.jsonl')
@@ -68,18 +68,18 @@ def test_a_run_learns_and_leaves_its_files(config, tmp_path, capsys):
   assert sorted(p.name for p in (workdir / 'checkpoints').iterdir()) == [
     '10', '20', '30'
   ]  # fmt: skip
-  said = capsys.readouterr().out
+  output = capsys.readouterr().out
   for word in ('backend', 'parameters', 'data', 'sha256', 'compiling'):
-    assert word in said
-  assert 'step 30/30  loss' in said
-  assert f'a sample, also in {tmp_path}' in said
-  assert said.endswith(
-    f'checkpoints/30 and {workdir}/plots; to use it: python -m attention '
-    f'sample --workdir={workdir}\n'
+    assert word in output
+  assert 'step 30/30  loss' in output
+  assert f'a sample, saved to {tmp_path}' in output
+  assert output.endswith(
+    f'checkpoints/30 and {workdir}/plots; to use the model: python -m '
+    f'attention sample --workdir={workdir}\n'
   )
 
 
-def test_a_run_that_ended_says_so_and_changes_nothing(
+def test_restarting_a_finished_run_changes_nothing(
   config, ended, tmp_path, capsys
 ):
   shutil.copytree(ended, tmp_path / 'run')
@@ -88,27 +88,27 @@ def test_a_run_that_ended_says_so_and_changes_nothing(
   for steps in 3, 2:
     capsys.readouterr()
     loop.train(config(**{'training.steps': steps}), tmp_path / 'run')
-    said = capsys.readouterr().out
-    assert 'ended at step 3' in said
-    assert '--config.training.steps' in said
-    assert 'compil' not in said
-    assert 'follows' not in said
+    output = capsys.readouterr().out
+    assert 'finished at step 3' in output
+    assert '--config.training.steps' in output
+    assert 'compil' not in output
+    assert 'schedule' not in output
     assert [(tmp_path / 'run' / name).read_bytes() for name in names] == before
 
 
-def test_more_steps_go_on_and_the_schedule_follows(
+def test_more_steps_continue_the_run_with_a_new_schedule(
   config, ended, tmp_path, capsys
 ):
   shutil.copytree(ended, tmp_path / 'run')
   loop.train(config(**{'training.steps': 7}), tmp_path / 'run')
-  said = capsys.readouterr().out
-  assert 'steps: 3 → 7; the schedule follows' in said
-  assert 'resumed from step 3' in said
+  output = capsys.readouterr().out
+  assert 'steps: 3 → 7; the learning-rate schedule changes' in output
+  assert 'resumed from step 3' in output
   lines = metrics.read(tmp_path / 'run' / 'metrics.jsonl')
   assert lines[-1]['step'] == 7
 
 
-def test_the_loss_is_the_models_and_padding_is_not_counted(config, tmp_path):
+def test_evaluation_matches_the_logits_and_ignores_padding(config, tmp_path):
   settings = config()
   task = tasks.create(settings)
   params = task.init(jax.random.key(0))
@@ -124,7 +124,7 @@ def test_the_loss_is_the_models_and_padding_is_not_counted(config, tmp_path):
   assert abs(actual - expected) < 1e-5
 
 
-def test_weights_decay_and_biases_do_not():
+def test_weight_decay_applies_to_matrices_only():
   optimizer, schedule = optimizers.adamw(
     steps=10, learning_rate=0.1, warmup_steps=2, weight_decay=0.5
   )
@@ -147,7 +147,7 @@ def _wait(condition, process, seconds=120):
 
 @pytest.fixture
 def long_run(config, text, tmp_path, python):
-  """Starts train.py for 400 steps in a workdir of that name."""
+  """long_run(name): starts train.py for 400 steps in the workdir `name`."""
 
   def start(name):
     return python(
@@ -167,7 +167,7 @@ def _has_checkpoint(workdir):
   return any(p.name.isdigit() for p in workdir.glob('checkpoints/*'))
 
 
-def test_a_killed_run_goes_on_to_the_same_bytes(long_run, tmp_path):
+def test_a_killed_run_resumes_to_the_same_bytes(long_run, tmp_path):
   whole = long_run('whole')
   error = whole.communicate(timeout=200)[1]
   assert whole.returncode == 0, error
@@ -177,20 +177,22 @@ def test_a_killed_run_goes_on_to_the_same_bytes(long_run, tmp_path):
   assert killed.wait() == -signal.SIGKILL
   assert _figures(workdir)[-1]['step'] < 400
   resumed = long_run('killed')
-  said, error = resumed.communicate(timeout=200)
+  output, error = resumed.communicate(timeout=200)
   assert resumed.returncode == 0, error
-  assert 'resumed from step' in said
+  assert 'resumed from step' in output
   _assert_same_run(tmp_path / 'whole', workdir)
 
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_run_saves_and_says_how_to_go_on(long_run, tmp_path, number):
+def test_a_stopped_run_saves_and_prints_how_to_resume(
+  long_run, tmp_path, number
+):
   stopped, workdir = long_run('stopped'), tmp_path / 'stopped'
   _wait(lambda: len(metrics.read(workdir / 'metrics.jsonl')) > 3, stopped)
   stopped.send_signal(number)
-  said, error = stopped.communicate(timeout=100)
+  output, error = stopped.communicate(timeout=100)
   assert stopped.returncode == 0, error
-  assert 'the same command goes on' in said
+  assert 'to resume, run the same command again: ' in output
   reached = _state(workdir)[0]
   assert _figures(workdir)[-1]['step'] <= reached < 400
 
@@ -223,7 +225,7 @@ def test_sample_continues_the_prompt(ended, capsys):
   assert task.sample(params, 'the lazy', 11, **options) + '\n' == first
   assert cli.main([*words, '--prompt=the lazy', '--seed=0']) == 0
   assert capsys.readouterr().out == first
-  # A prompt longer than the context: its end is what counts.
+  # Of a prompt longer than the context, only the end is used.
   assert cli.main([*words, '--prompt=' + 'the fox ' * 9]) == 0
   capsys.readouterr()
   for word, message in (
@@ -233,12 +235,12 @@ def test_sample_continues_the_prompt(ended, capsys):
     ('--top_k=0', 'top_k: expected 1 or more'),
   ):
     assert cli.main([*words, word]) == 2
-    said = capsys.readouterr()
-    assert message in said.err
-    assert not said.out
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert not printed.out
 
 
-def test_a_run_can_be_saved_as_gpt2(ended, tmp_path):
+def test_a_model_can_be_saved_as_gpt2(ended, tmp_path):
   task, params = trained.load(ended)
   gpt2.save(tmp_path, task.model_fields, params)
   fields, again = gpt2.load(tmp_path)
@@ -256,9 +258,7 @@ def test_a_run_can_be_saved_as_gpt2(ended, tmp_path):
     ('config', '[]', 'expected an object with task'),
   ],
 )
-def test_records_that_do_not_serve_are_named(
-  ended, tmp_path, name, content, message
-):
+def test_errors_name_invalid_records(ended, tmp_path, name, content, message):
   for file in ('config.json', 'data.json'):
     shutil.copy(ended / file, tmp_path)
   path = tmp_path / f'{name}.json'
@@ -280,9 +280,9 @@ def test_sample_needs_a_run_with_a_checkpoint(ended, tmp_path, capsys):
   assert error.count('\n') == 1
 
 
-def test_doctor_tells_versions_devices_and_implementations(capsys):
+def test_doctor_prints_versions_devices_and_implementations(capsys):
   assert cli.main(['doctor']) == 0
-  said = capsys.readouterr().out
-  assert jax.__version__ in said
-  assert 'cpu' in said
-  assert said.count('chosen') == 2
+  output = capsys.readouterr().out
+  assert jax.__version__ in output
+  assert 'cpu' in output
+  assert output.count('chosen') == 2

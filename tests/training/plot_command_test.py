@@ -4,7 +4,7 @@ import attention.__main__ as cli
 from attention import plots
 
 
-def test_a_run_draws_what_it_attends_to(ended, tmp_path, capsys, monkeypatch):
+def test_plot_draws_attention_patterns(ended, tmp_path, capsys, monkeypatch):
   titles, draw = [], plots.flow
 
   def flow(*words, title):
@@ -31,7 +31,7 @@ def test_a_run_draws_what_it_attends_to(ended, tmp_path, capsys, monkeypatch):
   for more, message in (
     (['--text=the lazy', '--layers=2'], 'no 2; there are 0: gpt/block_0/att'),
     (['--text=the lazy', '--heads=0,2'], 'heads: expected 0 to 1, got [2]'),
-    (['--text=the lazy', '--heads=a'], 'expected numbers with commas'),
+    (['--text=the lazy', '--heads=a'], 'expected comma-separated numbers'),
     (['--text=' + 'the lazy' * 3], 'text: expected at most 16 tokens'),
     (['--text=THE'], "text: symbols 'EHT' are not among"),
     (['--text='], 'text: expected at least one symbol, got none'),

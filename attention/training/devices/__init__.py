@@ -1,4 +1,5 @@
-"""What a config's programs take of devices, none of which has to be attached.
+"""The cost of a config's programs on devices that need not be attached.
 
-`report` compiles them for a device that `catalogue` describes, and counts.
+`report` compiles the programs for a device described by `catalogue`, and counts
+their memory, kernels and collectives.
 """

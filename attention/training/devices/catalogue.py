@@ -1,4 +1,4 @@
-"""GPUs and slices of TPUs, by name, for programs to be compiled for."""
+"""GPUs and TPU slices, by name, to compile programs for."""
 
 import dataclasses
 import os
@@ -11,11 +11,11 @@ from jax.experimental import topologies
 _FOLDER = pathlib.Path(__file__).parent
 _GPUS = sorted(path.stem for path in _FOLDER.glob('*.txtpb'))
 _GPUS_A_HOST = 8
-# GiB that programs can have of one device, as libtpu's compiler reports them.
+# GiB available to programs per device, as libtpu's compiler reports it.
 _TPUS = {'tpu7x': 94.75, 'v5e': 15.75, 'v5p': 95.74, 'v6e': 31.25}
-# Tuning would run programs.
+# Autotuning would have to run programs.
 _GPU_OPTIONS = {'xla_gpu_autotune_level': 0}
-# What libtpu looks for on a host with TPUs; it may be loaded by others too.
+# Variables that libtpu expects on a TPU host; other processes may load it too.
 _TPU_SETTINGS = {
   'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
   'TPU_ACCELERATOR_TYPE': 'v5litepod-4',
@@ -26,37 +26,38 @@ _TPU_SETTINGS = {
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-  """Devices that are alike, and what programs are compiled with for them."""
+  """Identical devices to compile for, and the compiler options for them."""
 
   name: str  # such as 'h100:8'
-  devices: tuple  # of JAX, to make meshes of; nothing can run on them
-  memory: int  # bytes that one has
-  share: float  # of its memory that programs can have
-  options: dict | None = None  # of the compiler
+  devices: tuple  # JAX devices to build meshes from; they cannot run programs
+  memory: int  # bytes per device
+  share: float  # fraction of the memory available to programs
+  options: dict | None = None  # compiler options
 
   @property
   def kind(self) -> str:
-    """What JAX calls them, such as 'NVIDIA H100 80GB HBM3'."""
+    """JAX's name of the devices, such as 'NVIDIA H100 80GB HBM3'."""
     return self.devices[0].device_kind
 
   @property
   def usable(self) -> int:
-    """Bytes of a device's memory that programs can have."""
+    """Bytes per device that are available to programs."""
     return int(self.memory * self.share)
 
 
 def find(name: str) -> Target:
-  """The devices of a name; before JAX is used.
+  """Find devices by name. Call this before JAX is used.
 
-  JAX then runs on the CPU, keeps no compiled programs (it couldn't read them
-  again), and libtpu finds the environment variables that it looks for.
+  This makes JAX run on the CPU, disables its compilation cache (it could not
+  read such programs back), and sets the environment variables that libtpu
+  expects.
 
   Args:
-    name: a GPU ('h100'), several of them ('h100:8', 'h100:16' on two hosts), or
-      a slice of TPUs ('v5e:4x4', 'v5p:2x2x1').
+    name: a GPU ('h100'), several GPUs ('h100:8', 'h100:16' on two hosts), or a
+      TPU slice ('v5e:4x4', 'v5p:2x2x1').
 
   Raises:
-    ValueError: no such device, or its compiler isn't installed.
+    ValueError: the device is unknown, or its compiler is not installed.
   """
   kind, _, size = name.partition(':')
   is_gpu = kind in _GPUS and re.fullmatch(r'[1-9]\d*', size or '1')
@@ -69,8 +70,8 @@ def find(name: str) -> Target:
     )
   jax.config.update('jax_platforms', 'cpu')
   jax.config.update('jax_enable_compilation_cache', False)
-  os.environ['TF_CPP_MIN_LOG_LEVEL'] = '2'  # errors only, of compilers
-  # Tracebacks of operations take a tenth of the time to compile.
+  os.environ['TF_CPP_MIN_LOG_LEVEL'] = '2'  # show only compiler errors
+  # Recording tracebacks of operations takes a tenth of the compile time.
   jax.config.update('jax_traceback_in_locations_limit', 0)
   return (
     _find_gpus(name, kind, int(size or 1)) if is_gpu else _find_tpus(name, kind)
@@ -95,7 +96,7 @@ def _find_gpus(name, kind, count):
   except NotImplementedError:
     raise missing(name) from None
   memory = int(re.search(r'device_memory_size: (\d+)', text)[1])
-  # As JAX reads it; what it allocates at the start of a process.
+  # The fraction that JAX preallocates, read from the same variables as in JAX.
   share = os.environ.get(
     'XLA_CLIENT_MEM_FRACTION',
     os.environ.get('XLA_PYTHON_CLIENT_MEM_FRACTION', ''),
@@ -108,7 +109,7 @@ def _find_gpus(name, kind, count):
 def _find_tpus(name, kind):
   for key, value in _TPU_SETTINGS.items():
     os.environ.setdefault(key, value)
-  # A host has four chips unless there is one.
+  # A host has four chips, except in a slice of a single chip.
   is_one = set(name.partition(':')[2].split('x')) == {'1'}
   hosts = {'chips_per_host_bounds': (1, 1, 1)} if is_one else {}
   try:
@@ -123,9 +124,9 @@ def _find_tpus(name, kind):
 
 
 def missing(name: str) -> ValueError:
-  """The error of a device whose compiler isn't installed, or isn't whole."""
+  """Make the error for a device whose compiler is missing or incomplete."""
   extra = 'devices-gpu' if name.partition(':')[0] in _GPUS else 'devices-tpu'
   return ValueError(
-    f"--device={name}: its compiler isn't installed; pip install "
+    f'--device={name}: its compiler is not installed; pip install '
     f"-e '.[{extra}]'"
   )

@@ -1,23 +1,24 @@
-"""Which batch fits a device's memory, from what a few of them need."""
+"""The largest batch that fits a device's memory, from a few measurements."""
 
 
 def largest(points: dict[int, int], limit: int, unit: int, cap: int) -> int:
-  """The largest batch that fits, as far as the points show.
+  """Estimate the largest batch size that fits.
 
-  Memory is about a line of the batch. The two points that are nearest to the
-  limit tell the line; what is measured stays between what fits and what
-  doesn't.
+  Memory is roughly linear in the batch size. The two points nearest to the
+  limit determine the line. The estimate is at least the largest batch size
+  known to fit, and below the smallest known not to fit.
 
   Args:
-    points: bytes that a device needs, by batch: of 0, what no batch changes,
-      and of one batch or more.
-    limit: bytes that a device has.
-    unit: what divides every batch.
-    cap: the largest batch that is looked for.
+    points: bytes needed per device, by batch size. Contains 0, the bytes that
+      do not depend on the batch, and at least one other batch size.
+    limit: bytes available per device.
+    unit: batch sizes are multiples of this.
+    cap: the largest batch size to consider.
 
   Returns:
-    The batch, 0 if none fits. If it isn't among the points, it is worth
-    measuring; if it is, the next larger one doesn't fit or isn't looked for.
+    The batch size, or 0 if none fits. If it is not among the points, it should
+    be measured next. If it is, the next larger batch size does not fit or
+    exceeds `cap`.
   """
   near = sorted(points, key=lambda n: abs(points[n] - limit))[:2]
   (low, first), (high, last) = sorted((n, points[n]) for n in near)

@@ -1,4 +1,4 @@
-"""What a compiled program starts and sends, counted in its text."""
+"""Count the kernels and collectives in the HLO text of a compiled program."""
 
 import collections
 import dataclasses
@@ -24,7 +24,7 @@ _COLLECTIVES = (
   'ragged-all-to-all',
   'reduce-scatter',
 )
-# The computations that an instruction runs once, by its attributes.
+# Attributes that name the computations an instruction runs.
 _CALLED = re.compile(r'\b(?:to_apply|calls)=%?([\w.\-]+)')
 _BODY = re.compile(r'\b(?:body|condition)=%?([\w.\-]+)')
 _BRANCHES = re.compile(r'_computations?=(%?[\w.\-]+|\{[^}]*\})')
@@ -33,31 +33,32 @@ _TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-  """What one run of a program does on a device."""
+  """Operations per execution of a program on one device."""
 
-  kernels: int  # copies too
+  kernels: int  # including copies
   copies: int
-  collectives: dict[str, tuple[int, int]]  # how many by kind, and their bytes
+  collectives: dict[str, tuple[int, int]]  # (number, bytes) by kind
 
 
 class _Instruction(NamedTuple):
   kind: str
-  num_bytes: int  # of the result
+  num_bytes: int  # size of the result
   operands: list[str]
-  text: str  # from the operands on
+  text: str  # the rest of the line, starting with the operands
 
 
 def count(text: str, turns: int = 1) -> Counts:
-  """Counts what a program does, loops by their turns.
+  """Count a program's operations, multiplied by the iterations of loops.
 
   Args:
-    text: of a compiled program, as `as_text()` gives it.
-    turns: of loops whose number of turns the compiler doesn't know.
+    text: text of a compiled program, from `as_text()`.
+    turns: number of iterations assumed for loops whose trip count is unknown.
 
   Returns:
-    Kernels: fusions, calls of libraries and other operations that a device
-    runs one by one. Collectives: each with the larger of what it takes and what
-    it gives. Of a condition's branches, the one that computes most.
+    The counts. Kernels are fusions, library calls and other operations that the
+    device launches one by one. The bytes of a collective are the larger of its
+    input and output. Of the branches of a conditional, the one with the most
+    kernels other than copies is counted.
   """
   computations, entry = _split(text)
   empty = collections.Counter()
@@ -87,7 +88,7 @@ def count(text: str, turns: int = 1) -> Counts:
     name = kind.removesuffix('-done')
     if name not in _COLLECTIVES:
       return empty
-    # What began apart has its operands where it began.
+    # The operands of an asynchronous collective are at its start instruction.
     source = beside[instruction.operands[0]] if name != kind else instruction
     taken = sum(beside[x].num_bytes for x in source.operands)
     return {name: 1, (name, 'bytes'): max(taken, instruction.num_bytes)}
@@ -105,7 +106,7 @@ def count(text: str, turns: int = 1) -> Counts:
 
 
 def _split(text):
-  """({computation: its lines}, the name of the one that is run)."""
+  """Return ({computation: lines}, name of the entry computation)."""
   computations, entry, lines = {}, None, []
   for line in text.splitlines():
     if line.endswith('{') and not line.startswith(' '):
@@ -118,7 +119,7 @@ def _split(text):
 
 
 def _parse(lines):
-  """{name: instruction}, in order."""
+  """Return {name: instruction}, in order."""
   instructions = {}
   for line in lines:
     found = re.match(
@@ -132,7 +133,7 @@ def _parse(lines):
 
 
 def _num_bytes(shape):
-  """Of a shape or a tuple of them: 'f32[4,8]{1,0}'."""
+  """Return the bytes of a shape such as 'f32[4,8]{1,0}', or of a tuple."""
   bits = 0
   for dtype, sizes in re.findall(r'\b([a-z]+[a-z\d]*)\[([\d,]*)\]', shape):
     width = re.search(r'\d+', dtype)

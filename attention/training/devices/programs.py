@@ -1,4 +1,4 @@
-"""Programs compiled for described devices, and the memory that they need."""
+"""Programs compiled for devices that are not attached, and their memory."""
 
 import dataclasses
 import re
@@ -11,7 +11,7 @@ from attention.training.optimization.step import Step
 from attention.training.parallelism import sharding
 from attention.training.training_config import TrainingConfig
 
-# How libtpu's compiler says that a program is too large, in GiB or less.
+# libtpu's error for a program that is too large; sizes are in GiB or smaller.
 _TOO_LARGE = re.compile(
   r'Ran out of memory .*?hbm.*? (?:Used |\()([\d.]+)([KMGT]?)\b', re.IGNORECASE
 )
@@ -20,18 +20,18 @@ _UNITS = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """A compiled program, or what is known of one that is too large."""
+  """A compiled program, or the size of one that is too large."""
 
-  arguments: int  # bytes; results are written over them where they can be
-  temporaries: int  # bytes, with other results and code
-  text: str = ''  # none if the compiler gave up for want of memory
+  arguments: int  # bytes, including results that reuse donated arguments
+  temporaries: int  # bytes, including other results and code
+  text: str = ''  # empty if the program does not fit the device's memory
 
   @classmethod
   def compile(cls, lowered, target) -> 'Program':
-    """Compiles for a target's devices.
+    """Compile a lowered program for a target's devices.
 
     Raises:
-      ValueError: the compiler can't; in one line, what it says.
+      ValueError: compilation fails; the message is the compiler's first line.
     """
     try:
       compiled = lowered.compile(compiler_options=target.options)
@@ -42,7 +42,7 @@ class Program:
       if 'PTX compilation provider' in message or 'libdevice' in message:
         raise catalogue.missing(target.name) from None
       raise ValueError(
-        f"--device={target.name}: the program doesn't compile: "
+        f'--device={target.name}: the program does not compile: '
         f'{message.strip().splitlines()[0][:300]}'
       ) from None
     memory = compiled.memory_analysis()
@@ -57,22 +57,22 @@ class Program:
 
   @property
   def total(self) -> int:
-    """Bytes of a device."""
+    """Bytes per device."""
     return self.arguments + self.temporaries
 
 
 class Training:
-  """A config's training step, for batches of any size."""
+  """A config's training step, compiled for batches of any size."""
 
   def __init__(self, config, task, target):
-    """Chooses the mesh among the target's devices.
+    """Create the step and its mesh from the target's devices.
 
     Raises:
       ValueError: as `Step.create`.
     """
     self.settings = TrainingConfig.create(config.training.to_dict())
     self.batch = task.batch(0)
-    if self.settings.deterministic and target.options:  # of GPUs
+    if self.settings.deterministic and target.options:  # GPUs have options
       options = target.options | {'xla_gpu_deterministic_ops': True}
       target = dataclasses.replace(target, options=options)
     self.target = target
@@ -86,12 +86,12 @@ class Training:
 
   @property
   def unit(self) -> int:
-    """What divides a batch on this mesh."""
+    """Batch sizes on this mesh are multiples of this number."""
     shape = self.mesh.shape
     return shape['data'] * shape['fsdp'] * self.settings.num_microbatches
 
   def compile(self, rows: int) -> Program:
-    """The step for batches of that size.
+    """Compile the step for batches of this size.
 
     Raises:
       ValueError: as `Program.compile`.
@@ -101,11 +101,11 @@ class Training:
       name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=placed)
       for name, x in self.batch.items()
     }
-    with precision.applied(self.settings.precision), described(self.mesh):
+    with precision.applied(self.settings.precision), lowering_for(self.mesh):
       lowered = self.step.lower(batch)
     return Program.compile(lowered, self.target)
 
 
-def described(mesh):
-  """Where kernels are lowered for devices that aren't attached."""
+def lowering_for(mesh):
+  """Return a context that lowers kernels for devices that are not attached."""
   return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)

@@ -1,1 +1,1 @@
-"""One training step: gradients, optimizer, precision, non-finite steps."""
+"""The training step: gradients, optimizer, precision, non-finite steps."""

@@ -1,4 +1,4 @@
-"""The mean loss of a batch and its gradients, however the batch is cut up."""
+"""Mean loss and gradients of a batch, over devices and micro-batches."""
 
 import jax
 import jax.numpy as jnp
@@ -7,22 +7,24 @@ from attention.training.parallelism import sharding
 
 
 def make(task, mesh, num_microbatches: int = 1):
-  """(params, rng, batch, scale) -> (loss, gradients), both unscaled.
+  """Make a function that computes the mean loss and its gradients.
 
   Args:
-    task: its `loss` gives a total and how many things it is the total of;
-      their mean is what is differentiated, over the whole batch whatever its
-      parts hold.
-    mesh: its devices share the batch.
-    num_microbatches: parts of each share, computed one after another.
+    task: its `loss` returns (total, count). The gradients are those of
+      total / count over the whole batch, even where its parts have different
+      counts.
+    mesh: the batch is sharded over its devices.
+    num_microbatches: each device computes its shard in this many sequential
+      parts.
 
   Returns:
-    The function. `scale` multiplies what is differentiated, so that small
-    gradients are no zeros in float16.
+    A function (params, rng, batch, scale) -> (loss, gradients). The loss is
+    multiplied by `scale` before differentiation so that small gradients do not
+    underflow in float16; both results are unscaled.
   """
 
-  def weigh(params, rng, batch, scale):
-    """(count, count · loss, count · gradients)."""
+  def weighted_gradients(params, rng, batch, scale):
+    """Return (count, count · loss, count · gradients)."""
 
     def mean(params):
       total, count = task.loss(params, rng, batch)
@@ -32,38 +34,42 @@ def make(task, mesh, num_microbatches: int = 1):
     grads, (loss, count) = jax.grad(mean, has_aux=True)(params)
     return count, count * loss, jax.tree.map(lambda g: g * count / scale, grads)
 
-  def add_up(params, rng, batch, scale):
+  def accumulate(params, rng, batch, scale):
     if num_microbatches == 1:
-      return weigh(params, rng, batch, scale)
+      return weighted_gradients(params, rng, batch, scale)
 
     def add(sums, part):
       n, batch = part
-      more = weigh(params, jax.random.fold_in(rng, n), batch, scale)
+      more = weighted_gradients(
+        params, jax.random.fold_in(rng, n), batch, scale
+      )
       return jax.tree.map(jnp.add, sums, more), None
 
-    parts = jnp.arange(num_microbatches), _cut(batch, num_microbatches)
+    parts = jnp.arange(num_microbatches), _split(batch, num_microbatches)
     first = jax.tree.map(lambda x: x[0], parts)
     shapes = jax.eval_shape(
-      lambda: weigh(params, jax.random.fold_in(rng, 0), first[1], scale)
+      lambda: weighted_gradients(
+        params, jax.random.fold_in(rng, 0), first[1], scale
+      )
     )
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     return jax.lax.scan(add, zeros, parts)[0]
 
-  add_up = sharding.data_parallel(add_up, mesh)
+  accumulate = sharding.data_parallel(accumulate, mesh)
 
   def gradients(params, rng, batch, scale=1.0):
-    count, loss, grads = add_up(params, rng, batch, scale)
+    count, loss, grads = accumulate(params, rng, batch, scale)
     count = jnp.maximum(count, 1)
     return loss / count, jax.tree.map(lambda g: g / count, grads)
 
   return gradients
 
 
-def _cut(batch, parts):
-  """[b, …] → [parts, b / parts, …], each part with a share of every device."""
+def _split(batch, parts):
+  """Split [b, …] into [parts, b / parts, …]; parts span all devices."""
 
-  def cut(x):
+  def split(x):
     x = x.reshape(x.shape[0] // parts, parts, *x.shape[1:])
     return jnp.moveaxis(x, 1, 0)
 
-  return jax.tree.map(cut, batch)
+  return jax.tree.map(split, batch)

@@ -1,4 +1,4 @@
-"""Steps whose loss or gradients aren't finite: skipped, counted, named."""
+"""Skip, count and report steps with a non-finite loss or gradient."""
 
 from typing import NamedTuple
 
@@ -8,16 +8,16 @@ import numpy as np
 
 
 class NotFinite(RuntimeError):
-  """Too many bad steps, one after another."""
+  """Raised after too many consecutive bad steps."""
 
 
-class Bad(NamedTuple):
-  """What is known of bad steps; a state holds it as int32 [4]."""
+class BadSteps(NamedTuple):
+  """Counts of bad steps, stored in the training state as int32 [4]."""
 
   total: object  # bad steps so far
-  in_a_row: object  # up to the last step
-  first: object  # the first of that row, counted from 1
-  leaf: object  # the first parameter whose gradient wasn't finite; -1: none
+  in_a_row: object  # consecutive bad steps, up to and including the last step
+  first: object  # the first step of that streak, counted from 1
+  leaf: object  # first parameter with a non-finite gradient, or -1 for none
 
 
 def initial() -> jax.Array:
@@ -25,22 +25,22 @@ def initial() -> jax.Array:
 
 
 def update(bad, is_good, is_counted, step, norms):
-  """`Bad` after one more step, as an array.
+  """Return the updated `BadSteps` array after one step.
 
   Args:
-    bad: [4] int32, before it.
-    is_good: whether loss and gradients are finite.
-    is_counted: whether it is a bad step if not.
-    step: counted from 1.
-    norms: [n], of each parameter's gradient.
+    bad: [4] int32, the array before the step.
+    is_good: whether the loss and all gradients are finite.
+    is_counted: whether a non-finite step counts as bad.
+    step: step number, counted from 1.
+    norms: [n], norm of each parameter's gradient.
   """
-  bad = Bad(*bad)
+  bad = BadSteps(*bad)
   is_bad = ~is_good & is_counted
   starts = is_bad & (bad.in_a_row == 0)
   finite = jnp.isfinite(norms)
   leaf = jnp.where(finite.all(), -1, jnp.argmin(finite))
   return jnp.stack(
-    Bad(
+    BadSteps(
       total=bad.total + is_bad,
       in_a_row=jnp.where(is_good, 0, bad.in_a_row + is_bad),
       first=jnp.where(starts, step, bad.first),
@@ -50,10 +50,16 @@ def update(bad, is_good, is_counted, step, norms):
 
 
 class Watch:
-  """Looks at each step's `Bad`, a step late, so as not to wait for it."""
+  """Checks each step's `BadSteps` one step late, to avoid blocking on it."""
 
   def __init__(self, params, max_bad_steps: int, warn):
-    """Takes the parameters' tree, for their names."""
+    """Create a watch.
+
+    Args:
+      params: parameter tree; only its paths are used, in messages.
+      max_bad_steps: number of consecutive bad steps that raises `NotFinite`.
+      warn: called with one line of text for every bad step.
+    """
     self._names = [
       '/'.join(str(key.key) for key in path)
       for path, _ in jax.tree_util.tree_leaves_with_path(params)
@@ -62,36 +68,38 @@ class Watch:
     self._before = self._pending = None
 
   def note(self, bad) -> None:
-    """Takes the newest, and looks at the one before it.
+    """Store the newest array and check the one before it.
 
     Raises:
-      NotFinite: names the first bad step of the row, and the parameter.
+      NotFinite: after `max_bad_steps` consecutive bad steps; the message names
+        the first of them and the parameter.
     """
     pending, self._pending = self._pending, bad
-    self._look(pending)
+    self._check(pending)
 
   def flush(self) -> None:
-    """Looks at the newest too. Raises as `note` does."""
+    """Check the newest array as well; raises like `note`."""
     pending, self._pending = self._pending, None
-    self._look(pending)
+    self._check(pending)
 
-  def _look(self, bad):
+  def _check(self, bad):
     if bad is None:
       return
-    bad = Bad(*np.asarray(bad).tolist())
+    bad = BadSteps(*np.asarray(bad).tolist())
     before, self._before = self._before, bad
     what = (
       'the loss' if bad.leaf < 0 else f'the gradient of {self._names[bad.leaf]}'
     )
     if bad.in_a_row >= self._max:
       raise NotFinite(
-        f'from step {bad.first:,} on, {bad.in_a_row} steps in a row, {what} '
-        'is not finite; no such step changed the parameters. A lower '
-        '--config.optimizer.learning_rate may help, or a look at the data'
+        f'{what} has not been finite for {bad.in_a_row} consecutive steps, '
+        f'starting at step {bad.first:,}; these steps did not change the '
+        'parameters. Try a lower --config.optimizer.learning_rate, or check '
+        'the data'
       )
     if bad.in_a_row and (before is None or bad.total > before.total):
       self._warn(
         f'warning: {what} is not finite at step '
-        f'{bad.first + bad.in_a_row - 1:,}: skipped ({bad.in_a_row} in a row, '
-        f'{bad.total} in all)'
+        f'{bad.first + bad.in_a_row - 1:,}; step skipped ({bad.in_a_row} in a '
+        f'row, {bad.total} in total)'
       )

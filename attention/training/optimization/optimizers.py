@@ -1,4 +1,4 @@
-"""How gradients become updates."""
+"""Optimizers and learning-rate schedules."""
 
 import math
 
@@ -17,23 +17,26 @@ def adamw(
   b2: float = 0.999,
   clip_norm: float = 1.0,
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-  """AdamW (Loshchilov & Hutter 2019), warm-up and cosine decay, clipping.
+  """AdamW with warm-up, cosine decay and gradient clipping.
+
+  AdamW is due to Loshchilov & Hutter (2019).
 
   Args:
-    steps: when the decay ends.
-    learning_rate: at the end of warm-up.
-    warmup_steps: linear increase from 0.
-    final_fraction: of the learning rate, at `steps`.
-    weight_decay: of matrices; vectors (biases, norms) are left alone.
-    b1: decay of the mean gradient.
-    b2: decay of the mean square.
-    clip_norm: the longest a gradient may be, all parameters together.
+    steps: step at which the decay ends.
+    learning_rate: peak learning rate, reached at the end of warm-up.
+    warmup_steps: number of steps of linear increase from 0.
+    final_fraction: fraction of the peak learning rate left at `steps`.
+    weight_decay: applied to matrices only, not to vectors (biases, norms).
+    b1: decay rate of the first moment.
+    b2: decay rate of the second moment.
+    clip_norm: maximum global norm of the gradients.
 
   Returns:
-    The transformation, and the learning rate as a function of the step.
+    The gradient transformation, and the learning rate as a function of the
+    step.
 
   Raises:
-    ValueError: numbers out of range.
+    ValueError: an argument is out of range.
   """
   for key, value, is_right, expected in (
     ('learning_rate', learning_rate, 0 < learning_rate < math.inf, 'above 0'),
@@ -57,7 +60,7 @@ def adamw(
   transformation = optax.chain(
     optax.clip_by_global_norm(clip_norm),
     optax.adamw(
-      # Counted from 1, so that no step is wasted on a rate of 0.
+      # Steps count from 1: at step 0 the learning rate would be 0.
       lambda count: schedule(count + 1),
       b1=b1,
       b2=b2,

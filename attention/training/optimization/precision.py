@@ -1,4 +1,4 @@
-"""Which dtypes a run stores, computes and gives out."""
+"""Mixed precision: dtype policies and the float16 loss scale."""
 
 import contextlib
 
@@ -8,18 +8,21 @@ import jmp
 
 from attention import models
 
-# Where the scale of a float16 loss starts, and below what it never falls.
-_SCALE, _LEAST = 2.0**15, 1.0
+# Initial and minimum loss scale for float16.
+_INITIAL_SCALE, _MIN_SCALE = 2.0**15, 1.0
 
 
 def parse(text: str) -> jmp.Policy | None:
-  """The policy that a text such as 'params=float32,compute=bfloat16' names.
+  """Parse a policy such as 'params=float32,compute=bfloat16'.
 
   Args:
-    text: as `jmp.get_policy` reads it; '': none, all is float32.
+    text: in the syntax of `jmp.get_policy`; '' means float32 throughout.
+
+  Returns:
+    The policy, or None if `text` is empty.
 
   Raises:
-    ValueError: it names none, or one whose parameters aren't float32.
+    ValueError: `text` is not a policy, or its parameters are not float32.
   """
   if not text:
     return None
@@ -27,14 +30,14 @@ def parse(text: str) -> jmp.Policy | None:
     policy = jmp.get_policy(text)
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise ValueError(
-      'training.precision: expected such as '
+      'training.precision: expected a policy such as '
       "'params=float32,compute=bfloat16,output=float32', "
       f'got {text!r} ({error})'
     ) from None
   if policy.param_dtype != jnp.float32:
     raise ValueError(
-      'training.precision: expected params=float32, where small updates count, '
-      f'got {text!r}; for example '
+      'training.precision: expected params=float32, because small updates are '
+      f'lost in lower precision, got {text!r}; for example '
       f'params=float32,compute={jnp.dtype(policy.compute_dtype)},output=float32'
     )
   return policy
@@ -42,7 +45,7 @@ def parse(text: str) -> jmp.Policy | None:
 
 @contextlib.contextmanager
 def applied(text: str):
-  """Meanwhile, models are traced with that policy, in this thread."""
+  """Trace models with this policy inside the context, in this thread only."""
   policy = parse(text)
   with contextlib.ExitStack() as stack:
     for model in models.classes() if policy else ():
@@ -51,23 +54,23 @@ def applied(text: str):
 
 
 def initial_scale(text: str) -> dict:
-  """What a state holds of its loss scale: nothing, if not float16."""
+  """Return the initial loss-scale state; empty unless float16 is used."""
   policy = parse(text)
   if policy is None or policy.compute_dtype != jnp.float16:
     return {}
-  return {'scale': jnp.float32(_SCALE), 'unchanged': jnp.int32(0)}
+  return {'scale': jnp.float32(_INITIAL_SCALE), 'unchanged': jnp.int32(0)}
 
 
 def adjust(scale: dict, is_finite) -> dict:
-  """The scale after a step: halved, or doubled after many finite ones."""
+  """Halve the scale after an overflow; double it after many finite steps."""
   if not scale:
     return {}
   adjusted = jmp.DynamicLossScale(
-    scale['scale'], scale['unchanged'], min_loss_scale=jnp.float32(_LEAST)
+    scale['scale'], scale['unchanged'], min_loss_scale=jnp.float32(_MIN_SCALE)
   ).adjust(is_finite)
   return {'scale': adjusted.loss_scale, 'unchanged': adjusted.counter}
 
 
-def may_fall(scale: dict):
-  """Whether a gradient that isn't finite may be the scale's fault."""
-  return scale['scale'] > _LEAST if scale else jnp.bool(False)
+def can_decrease(scale: dict):
+  """Whether a non-finite gradient may be caused by too large a loss scale."""
+  return scale['scale'] > _MIN_SCALE if scale else jnp.bool(False)

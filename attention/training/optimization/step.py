@@ -1,4 +1,4 @@
-"""One step of training, compiled once a shape of batch, its buffers donated."""
+"""The training step, compiled once per batch shape with a donated state."""
 
 from concurrent import futures
 
@@ -17,7 +17,7 @@ from attention.training.parallelism import sharding
 
 
 class Step:
-  """What turns a state and a batch into the next state, on a mesh."""
+  """A training step on a mesh: (state, batch) -> (state, metrics)."""
 
   def __init__(self, task, optimizer, schedule, seed: int, mesh, settings):
     self.mesh = mesh
@@ -33,22 +33,24 @@ class Step:
       donate_argnums=0,
       out_shardings=(shardings, sharding.replicated(mesh)),
     )
-    # Not in the main thread, which is the one that signals reach.
+    # Compile outside the main thread, which must stay free to handle signals.
     self._compiler = futures.ThreadPoolExecutor(2)
     self._programs = {}
 
   @classmethod
   def create(cls, config, settings, task, devices=None) -> 'Step':
-    """The step of a config.
+    """Create the training step of a config.
 
     Args:
-      config: of the run.
-      settings: its `config.training`.
-      task: its task.
-      devices: to choose the mesh's from; all that are attached by default.
+      config: the run's config.
+      settings: `config.training` as a `TrainingConfig`.
+      task: the config's task.
+      devices: devices available to the mesh; all attached devices by default.
 
     Raises:
-      ValueError: an optimizer, a mesh or parts of a batch that don't fit.
+      ValueError: invalid optimizer settings, a mesh that does not fit the
+        devices or the batch, or a number of micro-batches that does not divide
+        the batch.
     """
     optimizer, schedule = optimizers.adamw(
       steps=settings.steps, **config.optimizer
@@ -66,31 +68,32 @@ class Step:
       return cls(task, optimizer, schedule, config.seed, mesh, settings)
 
   def place(self, batch: dict) -> dict:
-    """Puts a batch on the devices, a share on each."""
+    """Shard a batch over the devices."""
     return sharding.place(batch, self.mesh)
 
   def compile_init(self) -> futures.Future:
-    """Begins to compile what gives the state to start with."""
+    """Start compiling the initialisation in the background."""
     return self._compiler.submit(self.init.lower().compile)
 
   def compile(self, batch: dict) -> futures.Future:
-    """Begins to compile the step for placed batches of that shape."""
+    """Start compiling the step for sharded batches of this shape."""
     key = tuple((name, x.shape, x.dtype) for name, x in sorted(batch.items()))
     if key not in self._programs:
       self._programs[key] = self._compiler.submit(self.lower(batch).compile)
     return self._programs[key]
 
   def lower(self, batch: dict):
-    """The step for batches of that shape, ready to be compiled."""
+    """Lower the step for batches of this shape."""
     return self._step.lower(self.like, batch, np.int32(0))
 
   def run(self, program, state: dict, batch: dict, step: int):
-    """(state, metrics) after a step, counted from 0, by a compiled program."""
-    return sharding.settle(self.mesh, program(state, batch, np.int32(step)))
+    """Run a compiled step, counted from 0; returns (state, metrics)."""
+    results = program(state, batch, np.int32(step))
+    return sharding.block_if_virtual(self.mesh, results)
 
 
 def init(task, optimizer, seed: int, precision_policy: str = '') -> dict:
-  """The state that training starts with."""
+  """Return the initial training state."""
   params = task.init(jax.random.key(seed))
   return {
     'params': params,
@@ -103,11 +106,12 @@ def init(task, optimizer, seed: int, precision_policy: str = '') -> dict:
 
 
 def make(task, optimizer, schedule, seed: int, mesh, num_microbatches: int = 1):
-  """The function (state, batch, step) -> (state, metrics), not yet jitted.
+  """Make the unjitted step function (state, batch, step) -> (state, metrics).
 
-  The devices of `mesh` share the batch. `step` counts from 0. Random numbers
-  are a function of (seed, step), so that a resumed run goes on exactly. A step
-  whose loss or gradients aren't finite leaves parameters and optimizer alone.
+  The batch is sharded over the devices of `mesh`. `step` counts from 0. Random
+  keys depend only on (seed, step), so a resumed run reproduces an uninterrupted
+  one exactly. A step with a non-finite loss or gradient changes neither the
+  parameters nor the optimizer state.
   """
   compute = gradients.make(task, mesh, num_microbatches)
 
@@ -122,7 +126,7 @@ def make(task, optimizer, schedule, seed: int, mesh, num_microbatches: int = 1):
     bad = nonfinite.update(
       state['guard']['bad'],
       is_good,
-      ~is_loss_finite | ~precision.may_fall(scale),
+      ~is_loss_finite | ~precision.can_decrease(scale),
       step + 1,
       jnp.stack(squares),
     )
@@ -135,7 +139,7 @@ def make(task, optimizer, schedule, seed: int, mesh, num_microbatches: int = 1):
       return {'params': params, 'optimizer': opt_state}
 
     old = {part: state[part] for part in ('params', 'optimizer')}
-    # Not by `where`: that takes a third longer to compile, and some to run.
+    # `where` takes a third longer to compile and is slower to run.
     new = jax.lax.cond(is_good, update, lambda old: old, old)
     new['guard'] = {'bad': bad, **precision.adjust(scale, is_good)}
     metrics = {

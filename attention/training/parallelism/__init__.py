@@ -1,1 +1,1 @@
-"""Parallelism: device meshes, shardings and processes on several hosts."""
+"""Parallelism: device meshes, shardings and multi-process runs."""

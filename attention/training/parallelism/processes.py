@@ -1,4 +1,4 @@
-"""Several processes, on one host or many, that train one run together."""
+"""Training one run with several processes, on one host or many."""
 
 import contextlib
 import os
@@ -7,21 +7,22 @@ import sys
 import jax
 from jax.experimental import multihost_utils
 
-# A process that says nothing for so long is given up.
+# A process that sends no heartbeat for this long is considered dead.
 _HEARTBEAT_SECONDS = 30
 
 
 def start(coordinator: str, num_processes: int, process_id: int) -> None:
-  """Joins the other processes, where there are any; before JAX is used.
+  """Connect to the other processes, if any. Call this before JAX is used.
 
   Args:
-    coordinator: 'host:port' of process 0; '': found out under SLURM,
-      Kubernetes and Cloud TPU, and elsewhere there is one process.
-    num_processes: how many there are in all; 0: found out.
-    process_id: of this one, from 0; -1: found out.
+    coordinator: 'host:port' of process 0. If '', it is detected under SLURM,
+      Kubernetes and Cloud TPU; elsewhere the run has a single process.
+    num_processes: total number of processes; 0 to detect it.
+    process_id: index of this process, from 0; -1 to detect it.
 
   Raises:
-    ValueError: some of these are given, and some aren't.
+    ValueError: only some of the arguments are given, or `process_id` is out of
+      range.
   """
   given = bool(coordinator), num_processes > 0, process_id >= 0
   if any(given) and not all(given):
@@ -46,7 +47,7 @@ def start(coordinator: str, num_processes: int, process_id: int) -> None:
 
 
 def _is_cluster():
-  """Whether a cluster started this process as one of several."""
+  """Whether a cluster manager started this process as one of several."""
   return (
     int(os.environ.get('SLURM_STEP_NUM_TASKS', 1)) > 1
     or 'JOB_COMPLETION_INDEX' in os.environ  # a Kubernetes indexed job
@@ -57,22 +58,23 @@ def _is_cluster():
 
 
 def is_first() -> bool:
-  """Whether this process is the one that speaks, and writes what all share."""
+  """Whether this is process 0, which prints and writes the shared files."""
   return jax.process_index() == 0
 
 
 def gather(tree):
-  """A tree of arrays, whole in every process; all call it together."""
+  """Gather whole arrays in every process. All processes must call this."""
   if jax.process_count() == 1:
     return tree
   return multihost_utils.process_allgather(tree, tiled=True)
 
 
 @contextlib.contextmanager
-def together():
-  """Ends this process where another one has gone, and says so.
+def exit_if_peer_lost():
+  """Report the loss of another process and exit.
 
-  At once: whatever would wait for the other would wait for long.
+  The exit is immediate: a regular shutdown would wait a long time for the lost
+  process.
   """
   try:
     yield
@@ -81,8 +83,8 @@ def together():
       raise
     reason = ' '.join(str(error).split())[:200]
     print(
-      f'error: another process of this run has ended ({reason}); start all of '
-      'them again, to go on from the last checkpoint',
+      f'error: another process of this run has ended ({reason}); restart all '
+      'processes to resume from the last checkpoint',
       file=sys.stderr,
       flush=True,
     )

@@ -1,4 +1,4 @@
-"""Which devices hold what."""
+"""Device meshes, and shardings of batches and training states."""
 
 import re
 
@@ -13,9 +13,9 @@ from jax.sharding import (
   PartitionSpec,
 )
 
-# What is cut over 'tensor', and along which axis, counted from the end: heads
-# and the feed-forward's width. Each cut matrix product is followed by one that
-# adds up over the cut.
+# Parameters sharded over 'tensor', by name, and the axis that is sharded,
+# counted from the end: the head axis or the feed-forward width. Each matrix
+# product with a sharded output is followed by one that contracts that axis.
 _TENSOR = {
   r'/(query|key|value|qkv|expand)/[wb]$': -1,
   r'/(linear|contract)/w$': -2,
@@ -23,7 +23,7 @@ _TENSOR = {
   r'/gating_b$': -2,
   r'/output_w$': -3,
 }
-_BATCH = ('data', 'fsdp')  # both share the batch
+_BATCH = ('data', 'fsdp')  # mesh axes that the batch is sharded over
 
 
 def make_mesh(
@@ -33,24 +33,27 @@ def make_mesh(
   tensor: int = 1,
   devices=None,
 ) -> Mesh:
-  """Devices along the axes 'data', 'fsdp' and 'tensor'.
+  """Create a mesh with the axes 'data', 'fsdp' and 'tensor'.
 
   Args:
-    batch_size: of what `data` × `fsdp` devices share.
-    data: how many hold the same parameters, each for its share of a batch;
-      -1: as many as there are, and as divide the batch.
-    fsdp: how many share a batch, and parameters and optimizer state too.
-    tensor: how many share heads and the feed-forward's width.
-    devices: to choose from; all that are attached by default.
+    batch_size: size of the batch that is sharded over `data` × `fsdp` devices.
+    data: number of devices along 'data', which replicate the parameters and
+      shard the batch; -1 uses as many as are available and divide the batch.
+    fsdp: number of devices along 'fsdp', which shard the batch, the parameters
+      and the optimizer state.
+    tensor: number of devices along 'tensor', which shard the heads and the
+      feed-forward width.
+    devices: devices to choose from; all attached devices by default.
 
   Raises:
-    ValueError: there are fewer devices, or they don't divide the batch.
+    ValueError: an axis size is invalid, there are too few devices, or
+      `data` × `fsdp` does not divide the batch.
   """
   devices = jax.devices() if devices is None else devices
   if data != -1 and data < 1:
     raise ValueError(
-      'training.mesh.data: expected 1 or more, or -1 for all that are left, '
-      f'got {data}'
+      'training.mesh.data: expected 1 or more, or -1 for all remaining '
+      f'devices, got {data}'
     )
   for name, size in (('fsdp', fsdp), ('tensor', tensor)):
     if size < 1:
@@ -67,13 +70,13 @@ def make_mesh(
   count = data * fsdp * tensor
   if count > len(devices):
     hint = (
-      f'; --config.training.cpu_devices={count} gives more of them'
+      f'; set --config.training.cpu_devices={count} for more virtual devices'
       if devices[0].platform == 'cpu' and jax.process_count() == 1
       else ''
     )
     raise ValueError(
-      f'training.mesh: expected at most {len(devices)} devices, which is what '
-      f'there is, got data × fsdp × tensor = {data} × {fsdp} × {tensor}{hint}'
+      f'training.mesh: expected at most the {len(devices)} available devices, '
+      f'got data × fsdp × tensor = {data} × {fsdp} × {tensor}{hint}'
     )
   if batch_size % (data * fsdp):
     raise ValueError(
@@ -93,17 +96,17 @@ def make_mesh(
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-  """Every device holds all of it."""
+  """Return a sharding that replicates an array on every device."""
   return NamedSharding(mesh, PartitionSpec())
 
 
 def batched(mesh: Mesh) -> NamedSharding:
-  """Each device holds its share of the first axis."""
+  """Return a sharding of the leading axis over the batch axes of the mesh."""
   return NamedSharding(mesh, PartitionSpec(_BATCH))
 
 
 def place(batch: dict, mesh: Mesh) -> dict:
-  """Puts a batch, which every process has whole, on the devices."""
+  """Shard a batch over the devices; every process must hold the whole batch."""
   sharding = batched(mesh)
   return {
     name: jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
@@ -112,11 +115,12 @@ def place(batch: dict, mesh: Mesh) -> dict:
 
 
 def of_state(shapes, mesh: Mesh | AbstractMesh):
-  """A tree of shapes with a sharding each.
+  """Add a sharding to each leaf of a tree of shapes.
 
-  Over 'tensor' go the axes of heads and of the feed-forward's width, over
-  'fsdp' the largest that is left, where they divide; vectors and scalars stay
-  whole. What the optimizer holds of a parameter goes as the parameter does.
+  The head and feed-forward axes are sharded over 'tensor', and the largest
+  remaining axis over 'fsdp', provided that the mesh axis divides them. 'fsdp'
+  leaves vectors and scalars whole. Optimizer state is sharded like the
+  parameter it belongs to.
   """
 
   def place(path, x):
@@ -147,22 +151,25 @@ def _spec(name, shape, sizes):
 
 
 def _name(path):
-  """gpt/block_0/expand/w, whatever it stands in."""
+  """Return the parameter name in a path, such as gpt/block_0/expand/w."""
   return '/'.join(str(key.key) for key in path if hasattr(key, 'key'))
 
 
 def data_parallel(function, mesh: Mesh):
-  """function(params, rng, batch, scale), of whole batches, on shares of them.
+  """Apply function(params, rng, batch, scale) to the batch shards in parallel.
+
+  If 'data' is the only mesh axis with more than one device, each device
+  evaluates the function on its shard with its own random key, and the results
+  are summed. They are reduced as a single vector, which saves a tenth of a
+  small model's step on CPU.
 
   Args:
-    function: gives a tree of sums over the batch.
-    mesh: where only its axis 'data' has devices, each computes its share, with
-      random numbers of its own, and the sums are added up. They travel as one
-      vector: on CPU that saves a tenth of a small model's step.
+    function: returns a tree of sums over the batch.
+    mesh: the devices.
 
   Returns:
-    The function of the whole batch; on other meshes the function itself, which
-    XLA cuts up as its arguments are.
+    A function of the whole batch. On other meshes this is `function` itself,
+    which XLA partitions according to the shardings of its arguments.
   """
   if mesh.size == 1 or mesh.size > mesh.shape['data']:
     return function
@@ -182,11 +189,11 @@ def data_parallel(function, mesh: Mesh):
   )
 
 
-def settle(mesh: Mesh, results):
-  """Waits for results on virtual CPU devices; elsewhere, passes them on.
+def block_if_virtual(mesh: Mesh, results):
+  """Wait for the results on virtual CPU devices; otherwise return at once.
 
-  Those devices share one pool of threads. With a second step under way, all of
-  its threads can come to wait for a device that finds no thread to run on.
+  Virtual devices share one thread pool. If a second step is in flight, all
+  threads may end up waiting for a device that has no thread left to run on.
   """
   is_virtual = mesh.size > 1 and mesh.devices.flat[0].platform == 'cpu'
   return jax.block_until_ready(results) if is_virtual else results

@@ -1,1 +1,1 @@
-"""Reports about a run or model: console, TensorBoard, profiles and costs."""
+"""Reports on a run or model: console, TensorBoard, profiles and costs."""

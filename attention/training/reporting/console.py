@@ -1,4 +1,4 @@
-"""What a run says while it runs: a bar on a terminal, plain lines elsewhere."""
+"""Console output of a run: a progress bar on a terminal, or plain lines."""
 
 import contextlib
 import time
@@ -16,20 +16,20 @@ from attention.training.reporting import memory
 
 
 class Stopwatch:
-  """Seconds spent on steps alone."""
+  """Measures the time spent on training steps alone."""
 
   def __init__(self):
     self._since = time.perf_counter()
 
   def lap(self) -> float:
-    """Seconds since the last lap, without what `exclude` took out."""
+    """Return the seconds since the last lap, excluding `paused` blocks."""
     now = time.perf_counter()
     seconds, self._since = now - self._since, now
     return seconds
 
   @contextlib.contextmanager
   def paused(self):
-    """What is done meanwhile does not count."""
+    """Exclude the enclosed block from the measured time."""
     began = time.perf_counter()
     yield
     self._since += time.perf_counter() - began
@@ -38,12 +38,12 @@ class Stopwatch:
 class Reporter:
   """Prints a run's progress."""
 
-  def __init__(self, steps: int, *, is_heard: bool = True):
-    """Speaks, if it is the process that is heard."""
-    self._console = Console(highlight=False, soft_wrap=True, quiet=not is_heard)
+  def __init__(self, steps: int, *, is_quiet: bool = False):
+    """Create a reporter of a run of `steps` steps; prints nothing if quiet."""
+    self._console = Console(highlight=False, soft_wrap=True, quiet=is_quiet)
     self._steps = steps
     self._bar = None
-    if self._console.is_terminal and is_heard:
+    if self._console.is_terminal and not is_quiet:
       self._bar = Progress(
         TextColumn('{task.description}'),
         BarColumn(),
@@ -62,7 +62,7 @@ class Reporter:
     if self._bar:
       self._bar.stop()
 
-  def say(self, text: str) -> None:
+  def print(self, text: str) -> None:
     self._console.print(text, markup=False)
 
   def advance(self, step: int) -> None:
@@ -70,7 +70,7 @@ class Reporter:
       self._bar.update(self._task, completed=step)
 
   def log(self, step: int, values: dict) -> None:
-    """One line of training figures."""
+    """Print one line of training metrics, or show it beside the bar."""
     parts = [f'loss {values["train/loss"]:.4f}']
     parts += [f'lr {values["train/learning_rate"]:.1e}']
     parts += [f'grad norm {values["train/grad_norm"]:.2f}']
@@ -86,11 +86,11 @@ class Reporter:
     if self._bar:
       self._bar.update(self._task, completed=step, description=line)
     else:
-      self.say(f'step {step:,}/{self._steps:,}  {line}')
+      self.print(f'step {step:,}/{self._steps:,}  {line}')
 
   def evaluated(self, step: int, values: dict) -> None:
     figures = '  '.join(f'{k} {v:.4f}' for k, v in values.items())
-    self.say(f'step {step:,}/{self._steps:,}  {figures}')
+    self.print(f'step {step:,}/{self._steps:,}  {figures}')
 
 
 def _duration(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""FLOPs of a training step, and their share of a device's peak."""
+"""FLOPs of a training step, and the fraction of peak FLOP/s achieved."""
 
 import math
 
@@ -19,11 +19,11 @@ _PEAKS = {
 
 
 def count_step(task, batch) -> int:
-  """Model FLOPs of a training step: those of its matrix products.
+  """Count the model FLOPs of a training step, those of its matrix products.
 
-  The gradient of a product takes two more products, so a step costs three times
-  its loss. Rematerialisation does not count (Chowdhery et al. 2022, "PaLM",
-  appendix B).
+  The backward pass computes two products for each forward product, so a step
+  costs three times its loss. Rematerialisation is not counted (Chowdhery et al.
+  2022, "PaLM", appendix B).
   """
   params = jax.eval_shape(task.init, jax.random.key(0))
   program = jax.make_jaxpr(task.loss)(params, jax.random.key(0), batch)
@@ -51,7 +51,7 @@ def _count(jaxpr):
 
 
 def _of_attention(method, shapes, times):
-  """Products of queries with keys and of weights with values, unmasked."""
+  """FLOPs of query × key and weights × value, ignoring any mask."""
   query, key, value, *_ = shapes
   forward = 2 * math.prod(query[:-1]) * key[-3] * (query[-1] + value[-1])
   return times * forward * (1 if method == 'forward' else 2)
@@ -70,7 +70,7 @@ def _of_product(equation):
 
 
 def utilisation(flops_per_second: float, mesh) -> float | None:
-  """The share of a mesh's peak FLOP/s, or None for an unlisted device."""
+  """Return the fraction of the mesh's peak FLOP/s; None if it is unknown."""
   kind = mesh.devices.flat[0].device_kind
   for name, peak in _PEAKS.items():
     if kind.startswith(name):

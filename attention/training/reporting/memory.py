@@ -1,4 +1,4 @@
-"""Bytes on devices: what a state needs, and what a device has held."""
+"""Device memory: bytes that a state needs, and peak usage."""
 
 import math
 import os
@@ -7,14 +7,14 @@ import jax
 
 
 def check_fits(state, mesh) -> None:
-  """Checks that the devices can hold a state, without its temporaries.
+  """Check that the devices can hold a state; temporaries are not counted.
 
   Args:
     state: a tree of shapes with shardings.
     mesh: the devices; virtual CPU devices share the host's memory.
 
   Raises:
-    ValueError: the state is larger than the memory.
+    ValueError: the state does not fit in memory.
   """
   needed = bytes_per_device(state)
   device, *others = mesh.local_devices
@@ -28,12 +28,12 @@ def check_fits(state, mesh) -> None:
       'model: expected parameters and optimizer state of at most '
       f'{format_bytes(there)}, the memory of '
       f'{"this host" if device.platform == "cpu" else "one device"}, got '
-      f'{format_bytes(needed)}; python -m attention inspect lists their sizes'
+      f'{format_bytes(needed)}; python -m attention inspect lists the sizes'
     )
 
 
 def bytes_per_device(tree) -> int:
-  """Bytes of a tree of sharded shapes on one device."""
+  """Return the bytes that a tree of sharded shapes takes on one device."""
   return sum(
     math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
     for x in jax.tree.leaves(tree)
@@ -41,7 +41,7 @@ def bytes_per_device(tree) -> int:
 
 
 def format_bytes(count: int) -> str:
-  """A size with its unit, such as '1.5 GiB'."""
+  """Format a size with its unit, such as '1.5 GiB'."""
   for size, name in ((2**30, 'GiB'), (2**20, 'MiB'), (2**10, 'KiB')):
     if count >= size:
       return f'{count / size:,.1f} {name}'
@@ -49,7 +49,7 @@ def format_bytes(count: int) -> str:
 
 
 def peak_mib(mesh) -> float | None:
-  """Peak MiB of this process's fullest device; None where unreported."""
+  """Return the peak MiB of this process's fullest device, None if unknown."""
   peaks = [
     (device.memory_stats() or {}).get('peak_bytes_in_use')
     for device in mesh.local_devices

@@ -1,4 +1,4 @@
-"""What a config's model would be: counted, without being built."""
+"""Count a model's parameters, FLOPs and memory without building it."""
 
 import dataclasses
 import functools
@@ -11,18 +11,18 @@ import jax.numpy as jnp
 
 from attention.training.reporting import memory
 
-# Looked up in, not multiplied with.
+# Lookup tables: they take part in no matrix product.
 _TABLES = ('embeddings', 'positions')
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-  """A parameter, of all layers that have one of that name and shape."""
+  """A parameter, grouped over all layers with the same name and shape."""
 
-  path: str  # numbers of layers as 0…95
+  path: str  # layer numbers are written as 0…95
   shape: tuple[int, ...]
-  count: int  # layers
-  flops: int  # of one of them, a token, forward
+  count: int  # number of layers
+  flops: int  # forward, per layer and token
 
   @property
   def size(self) -> int:
@@ -31,7 +31,7 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Heads:
-  """Attention modules that are alike."""
+  """A group of identical attention modules."""
 
   path: str
   count: int
@@ -40,27 +40,28 @@ class Heads:
   key_size: int
   value_size: int
   num_keys: int
-  has_output: bool  # an output projection, or each head the whole width
-  width: int  # of the input
+  has_output: bool  # False if each head produces the full width
+  width: int  # input width
   output_size: int
 
   @property
   def flops(self) -> int:
-    """A token's products with keys and values, as if nothing were masked."""
+    """FLOPs per token of the products with keys and values, unmasked."""
     return (
       2 * self.num_keys * self.num_heads * (self.key_size + self.value_size)
     )
 
 
 def inspect(config, task) -> str:
-  """A table of parameters by layer and part, FLOPs and memory; all counted.
+  """Format a table of a model's parameters, FLOPs and memory.
 
-  A matrix costs 2 FLOPs a parameter and token, a table none, unless it is the
-  output's matrix too. Nothing is allocated: the model is only traced.
+  A matrix costs 2 FLOPs per parameter and token. A lookup table costs none,
+  unless it is tied to the output projection. The model is only traced, so
+  nothing is allocated.
 
   Args:
-    config: of the run.
-    task: of the config.
+    config: the run's config.
+    task: the config's task.
 
   Returns:
     Lines of text.
@@ -78,7 +79,7 @@ def inspect(config, task) -> str:
 
 
 def _trace(task):
-  """Shapes of all parameters, and the attention modules met on the way."""
+  """Trace the model; returns its parameter shapes and its `Heads` groups."""
   widths, found = [], []
   zeros = functools.cache(jnp.zeros)
 
@@ -105,11 +106,13 @@ def _trace(task):
         getattr(module, 'value_factorisation', None) != 'full',
       )
     )
-    # Its result is never looked at.
+    if hasattr(module, 'compare'):
+      module.compare(query, key)  # creates parameters of the similarity
+    # Skip the computation: only the shape of the result matters.
     return jnp.zeros((*query.shape[:-1], value.shape[-1]), query.dtype)
 
   def create(call, shape, dtype, init, context):
-    del call, init, context  # initialisers take longer to trace than the rest
+    del call, init, context  # tracing initialisers dominates the time
     return zeros(tuple(shape), dtype)
 
   def cheaply(call, args, kwargs, context):
@@ -150,7 +153,7 @@ def _anonymous(path):
 
 
 def _span(paths):
-  """block_0/w, block_1/w, … as block_0…95/w."""
+  """Merge block_0/w, block_1/w, … into block_0…95/w."""
   numbers = [
     int(n.group(1)) for p in paths if (n := re.search(r'_(\d+)(?=/|$)', p))
   ]
@@ -175,7 +178,7 @@ def _table(parts, attentions):
   ]
   rows += [
     (
-      f'{heads.path} to {heads.num_keys} keys',
+      f'{heads.path} over {heads.num_keys} keys',
       '',
       '',
       str(heads.count),
@@ -186,7 +189,7 @@ def _table(parts, attentions):
   ]
   total = sum(p.count * p.size for p in parts)
   flops = sum(x.count * x.flops for x in (*parts, *attentions))
-  rows += [('all', '', '', '', f'{total:,}', f'{flops:,}')]
+  rows += [('total', '', '', '', f'{total:,}', f'{flops:,}')]
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   for path, *cells in rows:
     right = [c.rjust(w) for c, w in zip(cells, widths[1:], strict=True)]
@@ -194,7 +197,7 @@ def _table(parts, attentions):
 
 
 def _describe(heads, parts):
-  """The arithmetic of heads: matrices without biases."""
+  """Format the parameter counts of a group of heads, without biases."""
   width, size = heads.width, heads.key_size
   query, key = (width * size,) * 2
   value = width * heads.value_size
@@ -206,24 +209,24 @@ def _describe(heads, parts):
   full = width * heads.output_size
   total = sum(p.count * p.size for p in parts)
   rows = [
-    ('query, a head', f'{width} × {size}', query),
-    ('key, a head', f'{width} × {size}', key),
-    ('value, a head', f'{width} × {heads.value_size}', value),
-    ('output, a head', f'{heads.value_size} × {heads.output_size}', output),
-    ('a head: all of these', '', one),
-    (f"a layer's {heads.num_heads} heads", '', layer),
+    ('query, per head', f'{width} × {size}', query),
+    ('key, per head', f'{width} × {size}', key),
+    ('value, per head', f'{width} × {heads.value_size}', value),
+    ('output, per head', f'{heads.value_size} × {heads.output_size}', output),
+    ('one head, all matrices', '', one),
+    (f'{heads.num_heads} heads, per layer', '', layer),
     (f'{heads.count} layers', '', heads.count * layer),
     (
-      'a value map of full rank',
+      'full-rank value map, per head',
       f'{width} × {heads.output_size}',
       full,
     ),
-    ('factorised, as value × output', '', value + output),
+    ('factorised as value × output', '', value + output),
   ]
   if not heads.has_output:
     del rows[3], rows[-1]
   yield ''
-  yield f'{heads.path}, matrices without biases'
+  yield f'{heads.path}, weight matrices (biases not counted)'
   for name, shape, number in rows:
     yield f'  {name:<32}{shape:>16}{number:>20,}'
   share = heads.count * layer / total
@@ -242,7 +245,7 @@ def _memory(parts, attentions):
   for name, count in (
     ('parameters', total),
     ('training: with gradients and two moments', 4 * total),
-    ('keys and values of one token', cache),
+    ('key and value cache, per token', cache),
   ):
     yield f'  {name:<42}{memory.format_bytes(4 * count):>14}'
 

@@ -1,4 +1,4 @@
-"""What the devices did, step by step: --profile=START:STOP."""
+"""Device profiles of selected steps: --profile=START:STOP."""
 
 import pathlib
 
@@ -6,14 +6,20 @@ import jax
 
 
 class Trace:
-  """Traces some steps of a run, for TensorBoard or Perfetto to show."""
+  """Records a trace of some steps, to view in TensorBoard or Perfetto."""
 
   def __init__(self, folder: pathlib.Path, span: tuple[int, int] | None):
-    """Takes the steps done before it begins, and when it ends."""
+    """Create a trace.
+
+    Args:
+      folder: where the trace is written.
+      span: (start, stop), the numbers of completed steps at which the trace
+        starts and stops; None for no trace.
+    """
     self._folder, self._span, self._is_on = folder, span, False
 
   def at(self, done: int, state) -> None:
-    """Begins or ends, after so many steps, of which `state` is the result."""
+    """Start or stop the trace if due after `done` steps; waits for `state`."""
     if self._span and done in self._span:
       jax.block_until_ready(state)
       if done == self._span[0]:

@@ -1,4 +1,4 @@
-"""TensorBoard's view of a run: tb/, by tensorboardX."""
+"""TensorBoard event files, written to tb/ with tensorboardX."""
 
 import contextlib
 import pathlib
@@ -9,15 +9,15 @@ from matplotlib import image
 
 
 class TensorBoard:
-  """Scalars, pictures and samples; nothing, without tensorboardX.
+  """Writes scalars, images and samples; does nothing without tensorboardX.
 
-  tensorboardX's own SummaryWriter hands over to a thread, which a full disk
-  ends, after which the run would wait for it for ever: here files are written
-  at once. After an OSError nothing more is.
+  Events are written synchronously, not with tensorboardX's SummaryWriter: a
+  full disk ends its writer thread, and the run would then wait for that thread
+  for ever. After an OSError nothing more is written.
   """
 
   def __init__(self, folder: pathlib.Path, step: int):
-    """Opens the folder and hides what came after `step`, the restored one."""
+    """Open the folder and hide events after `step`, the restored step."""
     self._writer = None
     try:
       from tensorboardX import record_writer, summary
@@ -27,7 +27,7 @@ class TensorBoard:
     self._summary, self._events = summary, event_pb2
     self._values = summary_pb2.Summary
     folder.mkdir(parents=True, exist_ok=True)
-    # As TensorBoard finds them: seconds since 1970, and a host.
+    # The name TensorBoard expects: seconds since 1970, then the host.
     name = f'events.out.tfevents.{time.time():.0f}.{platform.node()}'
     self._writer = record_writer.RecordWriter(str(folder / name))
     self._write(0, file_version='brain.Event:2')
@@ -36,7 +36,7 @@ class TensorBoard:
 
   def scalars(self, step: int, values: dict) -> None:
     if self._writer:
-      # Not by summary.scalar, which logs a warning of each NaN.
+      # summary.scalar would log a warning for every NaN.
       scalars = [
         self._values.Value(tag=name, simple_value=float(value))
         for name, value in values.items()
@@ -51,7 +51,7 @@ class TensorBoard:
       self._flush()
 
   def pictures(self, step: int, folder: pathlib.Path) -> None:
-    """Takes all PNG files of a folder, by their names."""
+    """Write all PNG files in a folder, tagged with their names."""
     if self._writer:
       for path in sorted(folder.glob('*.png')):
         picture = self._summary.image(
@@ -75,7 +75,7 @@ class TensorBoard:
     try:
       write()
     except OSError:
-      # Its file may end inside a record.
+      # The file may now end with a partial record.
       writer, self._writer = self._writer, None
       with contextlib.suppress(OSError):
         writer.close()

@@ -1,7 +1,8 @@
-"""Tasks: what a run trains. Each gives a loss, an evaluation, its batches.
+"""Tasks that a run can train.
 
-And what is said of it: `command`, that of python -m attention to use its model
-with, `loss_unit` and `example_name`.
+Each task provides its batches, a loss and an evaluation. It also has three
+attributes for messages: `command`, the subcommand of python -m attention that
+uses its model, `loss_unit` and `example_name`.
 """
 
 import pathlib
@@ -19,17 +20,17 @@ _TASKS = {
 
 
 def create(config, record: dict | None = None):
-  """The task that a config asks for, with its data.
+  """Create a config's task, with its data.
 
   Args:
-    config: of the run.
-    record: of the data of a run that goes on, so that what was learnt from it
-      need not be learnt again.
+    config: the run's config.
+    record: the data record of a run to resume, which avoids relearning what was
+      learnt from the data, such as a tokenizer.
 
   Raises:
-    ValueError: an unknown task, a seed out of range, or data or a model that
-      don't fit.
-    OSError: data that can't be read.
+    ValueError: an unknown task, a seed out of range, or an invalid combination
+      of data and model.
+    OSError: the data cannot be read.
   """
   if not 0 <= config.seed < 2**32:
     raise ValueError(f'seed: expected 0 to {2**32 - 1}, got {config.seed}')
@@ -37,10 +38,10 @@ def create(config, record: dict | None = None):
 
 
 def load(config, workdir: pathlib.Path):
-  """The task of a finished or interrupted run, without its data.
+  """Load the task of a finished or interrupted run, without its data.
 
   Raises:
-    ValueError: an unknown task, or no record of its data.
+    ValueError: an unknown task, or a missing data record.
   """
   return _find(config).load(config, run_files.load_data(workdir))
 

@@ -1,4 +1,4 @@
-"""Telling the class of a sequence: of patches, or of a text's tokens."""
+"""Classification of a sequence of image patches or of text tokens."""
 
 import functools
 import pathlib
@@ -15,18 +15,18 @@ from attention.models.losses import cross_entropy
 
 
 class Classification:
-  """A classifier, of `model_fields`, that learns from examples."""
+  """Classification task; the classifier is built from `model_fields`."""
 
   command = 'evaluate'
   loss_unit = 'nats per example'
-  example_name = 'the classes most often taken for another'
+  example_name = 'most frequent confusions'
 
   def __init__(self, labels, vocabulary, shape, model: dict, data=None):
-    """See `create` and `load`; `data` is None where nothing is trained."""
+    """Create a task; use `create`, or `load` to use a model without data."""
     self.labels = labels
     self.vocabulary = vocabulary
     self.data = data
-    self._shape = tuple(shape)  # of one input
+    self._shape = tuple(shape)  # shape of one input
     self._confusion = None
     self.model_fields = {
       'num_classes': len(labels),
@@ -42,7 +42,7 @@ class Classification:
 
   @classmethod
   def create(cls, config, record: dict | None = None) -> 'Classification':
-    """From a config, with its data, whatever was recorded of it before."""
+    """Create the task of a config, with its data; `record` is not used."""
     del record
     data = classification.load(seed=config.seed, **config.data)
     sample = data.batch(0)['inputs'][0]
@@ -52,7 +52,7 @@ class Classification:
 
   @classmethod
   def load(cls, config, record: dict) -> 'Classification':
-    """From a run's config and data record, without the data."""
+    """Create the task from a run's config and data record, without data."""
     vocabulary = None
     if record['vocabulary'] is not None:
       vocabulary = classification.Words(tuple(record['vocabulary']))
@@ -62,7 +62,7 @@ class Classification:
     return cls(record['labels'], vocabulary, record['shape'], model)
 
   def record(self) -> dict:
-    """What identifies the data, and what is needed to use the model."""
+    """Return what identifies the data and what using the model requires."""
     words = getattr(self.vocabulary, 'words', None)
     return {
       'sha256': self.data.sha256,
@@ -74,8 +74,8 @@ class Classification:
   def describe(self) -> str:
     data = self.data
     return (
-      f'{data.name}, {len(data.train):,} examples of {len(self.labels)} '
-      f'classes and {len(data.held_out):,} held out, sha256 '
+      f'{data.name}, {len(self.labels)} classes, {len(data.train):,} training '
+      f'and {len(data.held_out):,} held-out examples, sha256 '
       f'{data.sha256[:8]}…'
     )
 
@@ -96,14 +96,14 @@ class Classification:
     return self._model.init(rng, inputs, np.ones(1, np.int32))
 
   def loss(self, params, rng, batch):
-    """Nats, with dropout, and the number of examples."""
+    """Return the total loss in nats, with dropout, and the example count."""
     logits = self._model.apply(
       params, rng, batch['inputs'], batch['lengths'], True
     )
     return cross_entropy(logits, batch['targets'])
 
   def evaluate(self, params, place) -> dict[str, float]:
-    """Nats per example and the share that is right, of all held out."""
+    """Return the held-out loss in nats per example, and the accuracy."""
     total = 0.0
     confusion = np.zeros((len(self.labels),) * 2, int)
     for batch in self.data.held_out_batches(4 * self.batch_size):
@@ -132,25 +132,25 @@ class Classification:
     return evaluate_batch
 
   def draw(self, folder: pathlib.Path) -> None:
-    """The confusion matrix of the last evaluation."""
+    """Draw the confusion matrix of the last evaluation."""
     plots.confusion_matrix(
       self._confusion, self.labels, folder / 'confusion.png'
     )
 
   def example(self, params, seed: int) -> str:
-    """The classes most often taken for another."""
+    """List the most frequent confusions of the last evaluation."""
     del params, seed
     wrong = self._confusion - np.diag(np.diag(self._confusion))
     worst = np.argsort(wrong, axis=None)[::-1][:5]
     lines = [
-      f'{self.labels[i]} taken for {self.labels[j]}: {wrong[i, j]}'
+      f'{self.labels[i]} mistaken for {self.labels[j]}: {wrong[i, j]}'
       for i, j in zip(*np.unravel_index(worst, wrong.shape), strict=True)
       if wrong[i, j]
     ]
-    return '\n'.join(lines) or 'all held-out examples are right'
+    return '\n'.join(lines) or 'all held-out examples are classified correctly'
 
   def patterns(self, params, text: str, **selection) -> dict:
-    """What the model attends to in a text; see `Language.patterns`."""
+    """Capture the attention patterns in a text; see `Language.patterns`."""
     if self.vocabulary is None:
       raise ValueError('text: this model reads images, not text')
     tokens = self.vocabulary.encode(text)
@@ -163,7 +163,7 @@ class Classification:
     run = jax.jit(functools.partial(capture, self._model, **selection))
     logits, found = run(params, tokens[None], np.array([len(tokens)]))
     guess = self.labels[int(logits.argmax())]
-    print(f'the model takes this for {guess!r}')
+    print(f'predicted class: {guess!r}')
     some = next(iter(found.values()))
     if some.shape[-1] > len(labels):
       labels = ['[first]', *labels]  # pooling='first'

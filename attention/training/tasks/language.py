@@ -1,4 +1,4 @@
-"""Next-token prediction on a text."""
+"""Language modelling: next-token prediction on a text."""
 
 import functools
 import math
@@ -14,11 +14,11 @@ from attention.models.gpt import window_step
 from attention.models.losses import cross_entropy
 from attention.ops.cache import Cache, align
 
-_PIECE = 16  # tokens that a stream writes at once
+_PIECE = 16  # number of tokens a stream generates at a time
 
 
 class Language:
-  """A GPT, of `model_fields`, that learns to continue a text."""
+  """Language-modelling task; the GPT is built from `model_fields`."""
 
   command = 'sample'
   loss_unit = 'nats per token'
@@ -27,13 +27,14 @@ class Language:
   def __init__(
     self, vocabulary, model: dict, data: language.Text | None, parts: int = 1
   ):
-    """See `create` and `load`.
+    """Create a task; `create` and `load` do so from a config.
 
     Args:
-      vocabulary: of the texts.
-      model: fields of a GPT; with no vocab_size, or 0, that of the vocabulary.
-      data: None where nothing is trained.
-      parts: that a batch is trained in.
+      vocabulary: encodes and decodes the texts.
+      model: fields of a GPT; a missing or zero vocab_size defaults to the
+        vocabulary's size.
+      data: training data; None to use a trained model without data.
+      parts: number of micro-batches per training batch.
     """
     self.vocabulary = vocabulary
     self.data = data
@@ -43,8 +44,8 @@ class Language:
     self._parts = parts
     if model['vocab_size'] < vocabulary.size:
       raise ValueError(
-        f'model.vocab_size: expected at least {vocabulary.size}, as the data '
-        f'has, got {model["vocab_size"]}'
+        f'model.vocab_size: expected at least {vocabulary.size}, the size of '
+        f"the data's vocabulary, got {model['vocab_size']}"
       )
     self._has_cache = model.get('mixer', 'attention') == 'attention'
     forward = functools.partial(models.create, 'gpt', **model)
@@ -52,7 +53,12 @@ class Language:
 
   @classmethod
   def create(cls, config, record: dict | None = None) -> 'Language':
-    """From a config, with its data; `record` is that of a run that goes on."""
+    """Create the task of a config, with its data.
+
+    Args:
+      config: the run's config.
+      record: the data record of a run to resume.
+    """
     data = language.Text.load(seed=config.seed, record=record, **config.data)
     if config.model.context_size < data.context_size:
       raise ValueError(
@@ -64,20 +70,20 @@ class Language:
 
   @classmethod
   def load(cls, config, record: dict) -> 'Language':
-    """From a run's config and data record, without the data."""
+    """Create the task from a run's config and data record, without data."""
     level = config.data.get('level', 'characters')
     vocabulary = language.recorded(level, record['vocabulary'])
     return cls(vocabulary, config.model.to_dict(), None)
 
   def record(self) -> dict:
-    """What identifies the data, and what is needed to use the model."""
+    """Return what identifies the data and what using the model requires."""
     return {'sha256': self.data.sha256, 'vocabulary': self.vocabulary.record}
 
   def describe(self) -> str:
     data = self.data
     return (
-      f'{data.name}, {len(data.tokens):,} tokens of {self.vocabulary.size:,} '
-      f'kinds, sha256 {data.sha256[:8]}…'
+      f'{data.name}, {len(data.tokens):,} tokens, vocabulary of '
+      f'{self.vocabulary.size:,}, sha256 {data.sha256[:8]}…'
     )
 
   @property
@@ -96,27 +102,27 @@ class Language:
     return self._model.init(rng, tokens)
 
   def apply(self, params, tokens):
-    """Logits [b, t, v] of the tokens after [b, t]."""
+    """Return next-token logits [b, t, v] for tokens [b, t]."""
     return self._model.apply(params, None, tokens)
 
   def loss(self, params, rng, batch):
-    """Nats, with dropout, and the number of tokens."""
+    """Return the total loss in nats, with dropout, and the token count."""
     logits = self._model.apply(params, rng, batch['tokens'], is_training=True)
     return cross_entropy(logits, batch['targets'])
 
   def evaluate(self, params, place) -> dict[str, float]:
-    """How well the whole validation part is foretold.
+    """Evaluate the model on the whole validation split.
 
     Args:
-      params: of the model.
-      place: puts a batch on the devices.
+      params: model parameters.
+      place: function that puts a batch on the devices.
 
     Returns:
-      'eval/loss', nats per token, and 'eval/bits_per_byte' of UTF-8, which
-      compares models of different vocabularies.
+      'eval/loss' in nats per token, and 'eval/bits_per_byte' of UTF-8, which is
+      comparable between models with different vocabularies.
     """
     total, count = 0.0, 0.0
-    # Without gradients, four times as much fits.
+    # Without gradients, four times as many rows fit.
     rows = 4 * self.batch_size // self._parts
     for batch in self.data.validation_batches(rows):
       nats, tokens = self._evaluate_batch(params, place(batch))
@@ -137,13 +143,13 @@ class Language:
     return evaluate_batch
 
   def example(self, params, seed: int) -> str:
-    """A text that shows what the model has learnt so far."""
+    """Sample a text that shows what the model has learnt so far."""
     return self.sample(params, '\n', 200, seed=seed, temperature=0.8)
 
   def sample(
     self, params, prompt: str, num_tokens: int, *, seed: int, **options
   ) -> str:
-    """The prompt and what the model writes after it; see `stream`."""
+    """Return the prompt and its sampled continuation; see `stream`."""
     return ''.join(
       self.stream(params, prompt, num_tokens, seed=seed, **options)
     )
@@ -151,24 +157,24 @@ class Language:
   def stream(
     self, params, prompt: str, num_tokens: int, *, seed: int, **options
   ):
-    """The prompt and what the model writes after it, as it comes.
+    """Yield the prompt, then its continuation as it is sampled.
 
-    Each piece is written with a cache that begins with what fits into the
-    model's context before it.
+    Tokens are generated in pieces. For each piece, the cache is filled with the
+    preceding tokens that fit into the model's context.
 
     Args:
-      params: of the model.
-      prompt: what to begin from.
-      num_tokens: how many to write.
-      seed: of the draws.
+      params: model parameters.
+      prompt: text to continue.
+      num_tokens: number of tokens to generate.
+      seed: random seed for sampling.
       **options: temperature, top_k, …: see `attention.decoding.sample`.
 
     Yields:
       Pieces of text, the prompt first.
 
     Raises:
-      ValueError: an empty prompt, or symbols that the model has never seen;
-        options out of range.
+      ValueError: the prompt is empty or has symbols outside the vocabulary, or
+        an option is out of range.
     """
     if num_tokens < 1:
       raise ValueError(f'num_tokens: expected 1 or more, got {num_tokens}')
@@ -178,11 +184,11 @@ class Language:
     options = {k: v for k, v in options.items() if v is not None}
     decoding.check_strategy(**options)
     yield prompt
-    drawn, said = [], len(prompt)
+    drawn, num_yielded = [], len(prompt)
     while len(drawn) < num_tokens:
       before = (tokens + drawn)[-(self.context_size - size + 1) :]
       length = self._padded_length(len(before))
-      piece = self._write(
+      piece = self._sample(
         params,
         *align([before], length),
         jax.random.fold_in(rng, len(drawn)),
@@ -190,27 +196,27 @@ class Language:
         **options,
       )
       drawn += np.asarray(piece)[0].tolist()
-      # With the prompt: some tokenizers drop a space at the beginning.
+      # Decode with the prompt: some tokenizers drop a leading space.
       text = self.vocabulary.decode(tokens + drawn[:num_tokens])
       if len(drawn) < num_tokens:
-        text = text.rstrip('\ufffd')  # the first bytes of a symbol
-      yield text[said:]
-      said = max(said, len(text))
+        text = text.rstrip('\ufffd')  # an incomplete symbol
+      yield text[num_yielded:]
+      num_yielded = max(num_yielded, len(text))
 
   def patterns(self, params, text: str, **selection) -> dict:
-    """What the model attends to in a text.
+    """Capture the attention patterns in a text.
 
     Args:
-      params: of the model.
-      text: up to the model's context.
+      params: model parameters.
+      text: a text that fits into the model's context.
       **selection: layers and heads, see `attention.capture`.
 
     Returns:
-      {'attention': (tokens as queries, as keys, patterns by module path)}.
+      {'attention': (query labels, key labels, patterns by module path)}.
 
     Raises:
-      ValueError: a text that is empty, too long or of unknown symbols; a layer
-        or head that isn't there.
+      ValueError: the text is empty, too long or has symbols outside the
+        vocabulary, or a layer or head does not exist.
     """
     tokens = self._encode('text', text)
     if tokens.shape[1] > self.context_size:
@@ -232,13 +238,13 @@ class Language:
       raise ValueError(f'{name}: {error}') from None
 
   def lower_decoding(self, params):
-    """What `stream` runs after half a context, ready to be compiled.
+    """Lower the program that `stream` runs after half a context.
 
     Args:
-      params: shapes of the model's, with shardings.
+      params: shapes of the model parameters, with shardings.
 
     Returns:
-      The lowered program, and the shapes of the cache that it keeps.
+      The lowered program and the shapes of its cache.
     """
     length = self._padded_length(max(1, self.context_size // 2))
     prompt = np.zeros((1, length), np.int32), np.zeros(1, np.int32)
@@ -249,7 +255,7 @@ class Language:
       return step(tokens, cache)[1]
 
     rng = jax.eval_shape(jax.random.key, 0)
-    lowered = self._write.lower(params, *prompt, rng, num_tokens=size)
+    lowered = self._sample.lower(params, *prompt, rng, num_tokens=size)
     return lowered, jax.eval_shape(read, params, *prompt)
 
   @property
@@ -257,38 +263,38 @@ class Language:
     return max(1, min(_PIECE, self.context_size // 4))
 
   def _padded_length(self, length):
-    """One of few, so that few programs are compiled."""
+    """Round up to one of a few lengths, so that few programs are compiled."""
     power = 1 << (length - 1).bit_length()
     return min(power, self.context_size - self._piece_size + 1)
 
   def _begin(self, params, prompt, start, num_tokens):
-    """(step, cache) for `attention.decoding`, to write after a prompt."""
+    """Return (step, cache) for `attention.decoding` to continue a prompt."""
     if self._has_cache:
 
       def step(tokens, cache):
         logits, cache = self._model.apply(params, None, tokens, cache=cache)
         return logits[:, -1], cache
 
-      # The last token is not fed.
+      # The last generated token is not fed back.
       cache = Cache.create(prompt.shape[1] + num_tokens - 1, start)
     else:
       step, cache = window_step(self.apply, params, self.context_size, start[0])
 
-    def step_of_known(tokens, cache):
-      # The model may have more tokens than the vocabulary.
+    def step_in_vocabulary(tokens, cache):
+      # The model may have more logits than the vocabulary has tokens.
       logits, cache = step(tokens, cache)
       return logits[:, : self.vocabulary.size], cache
 
-    return step_of_known, cache
+    return step_in_vocabulary, cache
 
   @functools.cached_property
-  def _write(self):
-    def write(params, tokens, start, rng, num_tokens, **options):
+  def _sample(self):
+    def sample(params, tokens, start, rng, num_tokens, **options):
       step, cache = self._begin(params, tokens, start, num_tokens)
       return decoding.sample(step, cache, tokens, num_tokens, rng, **options)
 
     return jax.jit(
-      write,
+      sample,
       static_argnames=(
         'num_tokens',
         'temperature',

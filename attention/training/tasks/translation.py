@@ -1,4 +1,4 @@
-"""From a sequence of one kind to a text: translation, reading tones."""
+"""Sequence-to-text tasks: translation, reading tones."""
 
 import functools
 
@@ -15,18 +15,18 @@ from attention.data.vocabularies import END, START, Bytes, Framed
 from attention.models.losses import cross_entropy, token_cross_entropy
 from attention.ops.cache import Cache
 
-_ROWS = 64  # sources that are decoded at once
+_ROWS = 64  # number of sources decoded together
 _END_LABEL = '·'
 
 
 class Translation:
-  """An encoder and decoder, of `model_fields`, that learn from pairs."""
+  """Translation task; encoder and decoder are built from `model_fields`."""
 
   loss_unit = 'nats per token'
-  example_name = 'a few answers'
+  example_name = 'example translations'
 
   def __init__(self, config, record: dict, data=None):
-    """See `create` and `load`; `data` is None where nothing is trained."""
+    """Create a task; use `create`, or `load` to use a model without data."""
     json = record['vocabulary']
     self.vocabulary = Framed(Bytes() if json is None else Subwords(json))
     self.data = data
@@ -35,7 +35,7 @@ class Translation:
     self._frame_size = record['frame_size']
     self.command = 'evaluate' if self._frame_size else 'translate'
     self._loss = config.loss.to_dict()
-    self._drawn = []  # what `draw` draws
+    self._drawn = []  # cross-attention patterns for `draw`
     self._has_files = bool(config.data.path)
     if self._has_files:
       sacrebleu()
@@ -51,30 +51,30 @@ class Translation:
 
   @classmethod
   def create(cls, config, record: dict | None = None) -> 'Translation':
-    """From a config, with its data, whatever was recorded of it before."""
+    """Create the task of a config, with its data; `record` is not used."""
     del record
     data = translation.Translations.load(seed=config.seed, **config.data)
     return cls(config, data.record(), data)
 
   @classmethod
   def load(cls, config, record: dict) -> 'Translation':
-    """From a run's config and data record, without the data."""
+    """Create the task from a run's config and data record, without data."""
     return cls(config, record)
 
   def record(self) -> dict:
-    """What identifies the data, and what is needed to use the model."""
+    """Return what identifies the data and what using the model requires."""
     return self.data.record()
 
   def describe(self) -> str:
     data = self.data
     left_out = (
-      f' ({data.num_left_out:,} longer than {data.max_length} tokens left out)'
+      f' ({data.num_left_out:,} longer than {data.max_length} tokens excluded)'
       if data.num_left_out
       else ''
     )
     return (
       f'{data.name}, {len(data.train.targets):,} pairs{left_out}, '
-      f'{data.vocabulary.size:,} kinds of tokens, sha256 {data.sha256[:8]}…'
+      f'vocabulary of {data.vocabulary.size:,}, sha256 {data.sha256[:8]}…'
     )
 
   @property
@@ -100,23 +100,27 @@ class Translation:
     return self._model.apply(params, rng, *inputs, **more)
 
   def loss(self, params, rng, batch):
-    """Nats, with dropout and label smoothing, and the number of tokens."""
+    """Return the total loss in nats and the token count.
+
+    The loss includes dropout and label smoothing.
+    """
     logits = self._logits(params, rng, batch, is_training=True)
     nats = token_cross_entropy(logits, batch['targets'], **self._loss)
     mask = batch['mask']
     return jnp.where(mask, nats, 0).sum(), mask.sum(dtype=jnp.float32)
 
   def evaluate(self, params, place) -> dict[str, float]:
-    """Nats per token of what is held out, and how good the answers are.
+    """Evaluate the loss and the greedy translations of held-out pairs.
 
     Args:
-      params: of the model.
-      place: puts a batch on the devices.
+      params: model parameters.
+      place: function that puts a batch on the devices.
 
     Returns:
-      'eval/loss', without smoothing; 'eval/bleu' of files, greedily decoded;
-      'eval/accuracy' of an embedded corpus, exact answers, and the same of its
-      other parts, as 'eval/accuracy_unseen'.
+      'eval/loss' in nats per token, without label smoothing. For files,
+      'eval/bleu'. For an embedded corpus, 'eval/accuracy', the fraction of
+      exact matches, and the same for its other splits, such as
+      'eval/accuracy_unseen'.
     """
     held_out = self.data.encode(*self.data.pairs['validation'])
     values = {'eval/loss': self._mean_loss(params, held_out, place)}
@@ -132,17 +136,17 @@ class Translation:
     return values
 
   def report(self, params, sources: list, targets: list, beam_size: int):
-    """Lines about how good a model is on pairs.
+    """Yield lines of text that report a model's quality on given pairs.
 
     Args:
-      params: of the model.
+      params: model parameters.
       sources: texts, or vectors.
       targets: texts.
       beam_size: see `translate`.
 
     Yields:
-      Loss, then exact matches or BLEU with sacrebleu's signature, cased and
-      not.
+      The loss, then the rate of exact matches, or case-sensitive and
+      case-insensitive BLEU with sacrebleu's signature.
 
     Raises:
       ValueError: as `translate`.
@@ -176,7 +180,7 @@ class Translation:
     return evaluate_batch
 
   def _score(self, answers, targets):
-    """('bleu' or 'accuracy', figure, what it means)."""
+    """Return ('bleu' or 'accuracy', value, description)."""
     if not self._has_files:
       figure = np.mean([a == t for a, t in zip(answers, targets, strict=True)])
       return 'accuracy', float(figure), 'exact matches'
@@ -185,10 +189,10 @@ class Translation:
     return 'bleu', figure, str(bleu.get_signature())
 
   def refusals(self, sources: list) -> dict[int, str]:
-    """Why some sources can't be translated, by their number."""
+    """Return {index: reason} for the sources that cannot be translated."""
     encoded = translation.encode_sources(sources, self.vocabulary)
     return {
-      i: f'{len(source)} tokens; the model reads at most {self.max_length}'
+      i: f'{len(source)} tokens; the model accepts at most {self.max_length}'
       for i, source in enumerate(encoded)
       if len(source) > self.max_length
     }
@@ -196,22 +200,22 @@ class Translation:
   def translate(
     self, params, sources: list, *, beam_size: int = 1, place=None
   ) -> list[str]:
-    """The answers to sources.
+    """Translate sources.
 
     Args:
-      params: of the model.
-      sources: texts, or vectors [k, c]. The answer to an empty one, or one with
-        more than `max_length` tokens, is empty.
-      beam_size: 1 takes the likeliest token each time.
-      place: called now and then, to be stopped in.
+      params: model parameters.
+      sources: texts, or vectors [k, c]. The translation of an empty source, or
+        of one with more than `max_length` tokens, is empty.
+      beam_size: beam size; 1 decodes greedily.
+      place: called after each batch; it may raise to stop the translation.
 
     Raises:
-      ValueError: a beam that is too large.
+      ValueError: `beam_size` is out of range.
     """
     self._check_beam(beam_size)
     answers = [''] * len(sources)
     encoded = translation.encode_sources(sources, self.vocabulary)
-    # An empty text is its end alone.
+    # An empty text is encoded as the end token alone.
     least = 1 if self._frame_size else 2
     numbers = [
       i for i, s in enumerate(encoded) if least <= len(s) <= self.max_length
@@ -230,14 +234,13 @@ class Translation:
     return answers
 
   def lower_decoding(self, params):
-    """What answers a source of half the longest, ready to be compiled.
+    """Lower greedy decoding of a source of half the maximum length.
 
     Args:
-      params: shapes of the model's, with shardings.
+      params: shapes of the model parameters, with shardings.
 
     Returns:
-      The lowered program, which decodes greedily, and the shapes of the cache
-      that it keeps.
+      The lowered program and the shapes of its cache.
     """
     shape = (max(1, self.max_length // 2),)
     source = np.zeros(shape, np.int32)
@@ -252,7 +255,7 @@ class Translation:
     return lowered, jax.eval_shape(read, params, *batch)
 
   def _begin(self, source, lengths):
-    """The first tokens, and a cache that holds no more than the source."""
+    """Return the first tokens, and a cache that holds only the source."""
     cache = source, lengths, Cache.create(self._target_length)
     return jnp.full((len(source), 1), START), cache
 
@@ -286,24 +289,29 @@ class Translation:
       )
 
   def _held_out(self, count):
-    """The first `count` validation pairs that can be translated."""
+    """Return the first `count` validation pairs that can be translated."""
     sources, targets = (x[:100] for x in self.data.pairs['validation'])
     refused = self.refusals(sources)
     pairs = list(enumerate(zip(sources, targets, strict=True)))
     return [pair for i, pair in pairs if i not in refused][:count]
 
   def example(self, params, seed: int) -> str:
-    """A few held-out sources, their targets and the model's answers."""
+    """Format a few held-out sources, their targets and the model's answers."""
     pairs = self._held_out(5)
     answers = self.translate(params, [source for source, _ in pairs])
     lines = []
     for (source, target), answer in zip(pairs, answers, strict=True):
-      told = source if isinstance(source, str) else f'{len(source)} frames'
-      lines += [f'source  {told}', f'target  {target}', f'answer  {answer}', '']
+      shown = source if isinstance(source, str) else f'{len(source)} frames'
+      lines += [
+        f'source  {shown}',
+        f'target  {target}',
+        f'answer  {answer}',
+        '',
+      ]
     return '\n'.join(lines)
 
   def draw(self, folder) -> None:
-    """Cross-attention at the last evaluation, in two held-out sentences."""
+    """Draw the last evaluation's cross-attention in two held-out sentences."""
     for n, (queries, keys, found) in enumerate(self._drawn):
       layer, heads = plots.rows(found)[-1]
       figure = plots.pattern(
@@ -312,20 +320,20 @@ class Translation:
       figure.savefig(folder / f'cross_attention_{n}.png', dpi=120)
 
   def patterns(self, params, text: str, **selection) -> dict:
-    """What the model attends to in a text and in the answer it gives.
+    """Capture the cross-attention between a text and its translation.
 
     Args:
-      params: of the model.
-      text: up to the model's longest.
+      params: model parameters.
+      text: a text of at most `max_length` tokens.
       **selection: layers and heads, see `attention.capture`.
 
     Returns:
-      {'cross_attention': (answer as queries, source as keys, patterns by module
-      path)}.
+      {'cross_attention': (labels of the answer's tokens, the queries; labels of
+      the source's tokens, the keys; patterns by module path)}.
 
     Raises:
-      ValueError: a text that is empty or too long; a layer or head that isn't
-        there.
+      ValueError: the text is empty or too long, or a layer or head does not
+        exist.
     """
     if self._frame_size:
       raise ValueError('text: this model reads vectors, not text')
@@ -336,7 +344,7 @@ class Translation:
     return {'cross_attention': self._cross_attention(params, text, **selection)}
 
   def _cross_attention(self, params, source, layers=None, heads=None):
-    """(labels of the answer, of the source, patterns by module path)."""
+    """Return (answer labels, source labels, patterns by module path)."""
     answer = self.translate(params, [source])[0]
     (tokens,) = self.vocabulary.encode([answer])
     (source,) = translation.encode_sources([source], self.vocabulary)
@@ -356,19 +364,20 @@ class Translation:
       keys = list(map(str, range(len(source))))
     else:
       keys = [*self.vocabulary.pieces(source), _END_LABEL]
-    # A row is labelled with the token it leads to.
+    # Label each query with the token that it predicts.
     return [*self.vocabulary.pieces(tokens), _END_LABEL], keys, found
 
 
 def _fill(sources):
-  """A batch of few possible shapes: (sources, lengths).
+  """Pad to one of a few shapes; returns (sources, lengths).
 
-  Rows are filled up to a power of two, and lengths to a multiple of 16.
+  The number of rows is padded to a power of two, and the length to a multiple
+  of 16.
   """
   length = -(-max(map(len, sources)) // 16) * 16
   rows = 1 << (len(sources) - 1).bit_length()
   padded, lengths = translation.pad(sources, length)
-  # What fills up is the first row again, which ends when that does.
+  # Pad by repeating the first row, so that the padding adds no decoding steps.
   missing = rows - len(sources)
   return (
     np.concatenate([padded, np.repeat(padded[:1], missing, axis=0)]),
@@ -377,10 +386,10 @@ def _fill(sources):
 
 
 def sacrebleu():
-  """The library that counts BLEU.
+  """Import sacrebleu, which computes BLEU.
 
   Raises:
-    ValueError: it isn't installed.
+    ValueError: sacrebleu is not installed.
   """
   try:
     import sacrebleu

@@ -1,1 +1,1 @@
-"""The files of a workdir: config, data, metrics, checkpoints and the lock."""
+"""The files in a workdir: config, data, metrics, checkpoints and the lock."""

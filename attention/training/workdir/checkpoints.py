@@ -1,4 +1,4 @@
-"""Checkpoints of a run, by orbax: checkpoints/<step>/."""
+"""Checkpoints of a run, written with orbax to checkpoints/<step>/."""
 
 import contextlib
 import errno
@@ -14,23 +14,23 @@ from jax.experimental import multihost_utils
 
 from attention.training.workdir import digests
 
-# What a disk that is full, read-only or gone makes orbax raise.
+# Exceptions that orbax raises for a full, read-only or missing disk.
 _FAILURES = (OSError, ValueError, RuntimeError)
 
 
-class _NotOrbax(logging.Filter):
-  """Keeps orbax's troubles, which `warn` tells in a line, from being logged."""
+class _OrbaxFilter(logging.Filter):
+  """Drops orbax's log records; `warn` reports its failures in one line."""
 
   def filter(self, record):
     return 'orbax' not in record.pathname + record.getMessage()
 
 
 for _name in ('absl', 'asyncio'):
-  logging.getLogger(_name).addFilter(_NotOrbax())
+  logging.getLogger(_name).addFilter(_OrbaxFilter())
 
 
 def has_any(directory: pathlib.Path) -> bool:
-  """Whether a step was ever saved in a folder, even one damaged since."""
+  """Whether a folder has a checkpoint, including damaged ones."""
   return any(
     path.name == 'damaged' or path.name.isdigit()
     for path in (directory.iterdir() if directory.is_dir() else ())
@@ -40,21 +40,21 @@ def has_any(directory: pathlib.Path) -> bool:
 class Checkpoints:
   """Saves and restores a state {'params': …, 'optimizer': …} by step.
 
-  A step is written as <step>.part and gets its name when all of it and its
-  manifest are there. One that isn't as it was written is set aside, under
-  damaged/, and the one before it serves.
+  A checkpoint is written as <step>.part and renamed once it is complete and has
+  a manifest. A checkpoint that no longer matches its manifest is moved to
+  damaged/, and the previous one is used instead.
   """
 
   def __init__(self, directory: pathlib.Path, num_kept: int = 0, warn=print):
-    """Looks after a folder of checkpoints.
+    """Manage a folder of checkpoints.
 
     Args:
-      directory: made if there is something to save.
-      num_kept: how many of the newest stay, beside the best; 0: this process
-        only reads, so that nothing is saved, moved or removed.
-      warn: is told in a line what went wrong.
+      directory: the folder, created by the first save.
+      num_kept: number of newest checkpoints to keep, besides the best one. 0
+        means read-only: nothing is saved, moved or removed.
+      warn: called with one line of text when something goes wrong.
     """
-    self._directory = directory.absolute()  # as orbax wants it
+    self._directory = directory.absolute()  # orbax requires absolute paths
     self._num_kept, self._warn = num_kept, warn
     self._checkpointer = ocp.AsyncCheckpointer(
       ocp.CompositeCheckpointHandler(handler_registry=_handlers())
@@ -69,7 +69,7 @@ class Checkpoints:
     return self._num_kept > 0 and jax.process_index() == 0
 
   def latest_step(self) -> int | None:
-    """The newest step whose files are as they were written, or None."""
+    """Return the newest step with intact files, or None."""
     step = self._find_newest() if jax.process_index() == 0 else None
     if jax.process_count() > 1:
       step = -1 if step is None else step
@@ -79,14 +79,15 @@ class Checkpoints:
     return step
 
   def save(self, step: int, state: dict, values: dict | None = None) -> None:
-    """Copies the state; the writing goes on in the background.
+    """Copy the state and write it in the background.
 
-    What goes wrong with the disk is told and not raised.
+    Disk errors are reported with `warn`, not raised.
 
     Args:
-      step: of the state.
-      state: a dict of trees of arrays, each part to be restored by itself.
-      values: what was measured at this step; the lowest 'eval/loss' is best.
+      step: the step of the state.
+      state: a dict of trees of arrays; each entry can be restored separately.
+      values: metrics of this step; the lowest 'eval/loss' marks the best
+        checkpoint.
     """
     if step == self._saved:
       return
@@ -110,7 +111,7 @@ class Checkpoints:
     self._saving.start()
 
   def restore(self, step: int, like: dict) -> dict:
-    """The state at `step`: the parts, shapes and shardings of `like`."""
+    """Restore a state with the parts, shapes and shardings of `like`."""
     restored = self._checkpointer.restore(
       self._directory / str(step),
       args=ocp.args.Composite(
@@ -120,7 +121,7 @@ class Checkpoints:
     return {name: restored[name] for name in like}
 
   def restore_all(self, step: int) -> dict:
-    """All parts of the state at `step` as they were saved, on one device."""
+    """Restore all parts of the state, as saved, onto one device."""
     folder = self._directory / str(step)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     parts = [p.name for p in folder.iterdir() if (p / '_METADATA').is_file()]
@@ -136,15 +137,15 @@ class Checkpoints:
     return {name: jax.device_put(restored[name], device) for name in parts}
 
   def wait(self) -> None:
-    """Waits until everything is on disk."""
+    """Wait until everything is on disk."""
     if self._saving:
       self._saving.join()
       self._saving = None
 
   def close(self) -> None:
-    """Waits until everything is on disk, and stops."""
+    """Wait until everything is on disk, and close the checkpointer."""
     self.wait()
-    with contextlib.suppress(*_FAILURES):  # told already
+    with contextlib.suppress(*_FAILURES):  # already reported
       self._checkpointer.close()
 
   def _steps(self) -> list[int]:
@@ -169,13 +170,13 @@ class Checkpoints:
       names = (str(step), *(f'{step}.{n}' for n in range(1, 1_000_000)))
       target = next(t for t in map(aside.joinpath, names) if not t.exists())
       (self._directory / str(step)).rename(target)
-      where = f'; set aside in {target}'
+      where = f'; moved to {target}'
     self._warn(f'warning: checkpoint {step:,} is damaged ({reason}){where}')
 
   def _check_room(self, state):
-    """Raises OSError where a save would fail half-way, and at length."""
+    """Raise OSError early if the disk has no room for a save."""
     leaves = jax.tree.leaves(state)
-    # With what else a save writes: a guess on the safe side.
+    # A conservative estimate that includes the metadata a save writes.
     size = sum(x.nbytes for x in leaves) * 5 // 4 + len(leaves) * 2**14
     self._directory.mkdir(exist_ok=True)
     probe = self._directory / 'room.part'
@@ -201,11 +202,11 @@ class Checkpoints:
   def _give_up(self, part, step, error):
     if self._is_writer:
       self._remove_unfinished()
-    last = 'there is none yet' if self._saved is None else f'{self._saved:,}'
+    last = 'none' if self._saved is None else f'{self._saved:,}'
     reason = ' '.join(str(error).split())[:200]
     self._warn(
       f'warning: checkpoint {step:,} could not be written ({reason}); '
-      f'the run goes on, its last checkpoint: {last}'
+      f'training continues, last checkpoint: {last}'
     )
 
   def _remove_unfinished(self):
@@ -233,10 +234,11 @@ class Checkpoints:
 
 
 def _handlers():
-  """Orbax's handlers, with one of trees that takes half the time to save one.
+  """Orbax's handlers, with a tree handler that halves the time of a save.
 
-  By itself it cuts every array up, to write a share from each copy, and notes
-  where each array lay, which we tell whenever we restore.
+  By default, orbax splits every array so that each replica writes a part, and
+  records the shardings of the arrays. We always restore with explicit
+  shardings, so neither is needed.
   """
   arrays = ocp.type_handlers.ArrayHandler(
     use_replica_parallel=False, enable_write_sharding_file=False
@@ -252,7 +254,7 @@ def _handlers():
 
 
 def abstract(shapes, sharding):
-  """A tree of shapes and dtypes to restore into, each with a sharding."""
+  """Return a tree of shapes and dtypes to restore into, with this sharding."""
   return jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes
   )

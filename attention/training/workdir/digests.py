@@ -1,4 +1,4 @@
-"""What a finished folder holds: manifest.json, a digest of every file."""
+"""manifest.json of a finished folder, with a digest of every file."""
 
 import hashlib
 import json
@@ -8,34 +8,34 @@ _NAME = 'manifest.json'
 
 
 def write(folder: pathlib.Path, record: dict) -> None:
-  """Notes the size and digest of every file in a folder, and a record."""
+  """Write a manifest: a record, and the size and digest of every file."""
   body = {**record, 'files': _digests(folder)}
   (folder / _NAME).write_text(json.dumps({**body, 'sha256': _seal(body)}))
 
 
 def read(folder: pathlib.Path) -> dict:
-  """The record of a folder's manifest, its files not looked at.
+  """Read a folder's manifest without checking the files.
 
   Raises:
-    ValueError: there is no manifest, or it isn't as it was written.
+    ValueError: the manifest is missing or has been altered.
   """
   try:
     body = json.loads((folder / _NAME).read_bytes())
     seal = body.pop('sha256')
   except FileNotFoundError:
-    raise ValueError('unfinished: it has no manifest.json') from None
+    raise ValueError('unfinished: no manifest.json') from None
   except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
     raise ValueError(f'manifest.json: {error or type(error)}') from error
   if seal != _seal(body):
-    raise ValueError('manifest.json: not as it was written')
+    raise ValueError('manifest.json: contents have changed')
   return body
 
 
 def check(folder: pathlib.Path) -> dict:
-  """The record of a folder whose every file is as it was written.
+  """Read a folder's manifest and check every file against it.
 
   Raises:
-    ValueError: names a file that is missing or differs.
+    ValueError: a file is missing or has been altered; the message names it.
   """
   record = read(folder)
   found = _digests(folder)
@@ -43,12 +43,12 @@ def check(folder: pathlib.Path) -> dict:
     if name not in found:
       raise ValueError(f'{name}: missing')
     if found[name] != digest:
-      raise ValueError(f'{name}: not as it was written')
+      raise ValueError(f'{name}: contents have changed')
   return record
 
 
 def _digests(folder):
-  """{name: [bytes, sha256]}."""
+  """Return {name: [size in bytes, sha256]}."""
   found = {}
   for path in sorted(folder.rglob('*')):
     name = path.relative_to(folder).as_posix()

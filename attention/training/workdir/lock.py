@@ -1,4 +1,4 @@
-"""One run a workdir: a lock that names its holder."""
+"""A lock that allows one run per workdir and names its holder."""
 
 import contextlib
 import fcntl
@@ -9,18 +9,18 @@ import socket
 
 
 class Locked(ValueError):
-  """Another process runs in this workdir."""
+  """Raised if another process is running in the workdir."""
 
 
 @contextlib.contextmanager
 def held(workdir: pathlib.Path):
-  """Holds workdir/lock, made if it isn't there.
+  """Hold workdir/lock, creating the file if necessary.
 
-  The system lets go of it with the process that held it, however that ended:
-  a file left behind is no lock.
+  The operating system releases the lock when the holding process ends for any
+  reason, so a leftover file does not lock the workdir.
 
   Raises:
-    Locked: says which host and process holds it.
+    Locked: another process holds the lock; the message names host and process.
   """
   workdir.mkdir(parents=True, exist_ok=True)
   with (workdir / 'lock').open('a+') as file:
@@ -41,6 +41,7 @@ def _holder(file) -> str:
   file.seek(0)
   try:
     holder = json.load(file)
-    return f'process {holder["process"]} on {holder["host"]} runs here'
-  except ValueError:  # it has only just taken the lock
-    return 'another process runs here'
+    process, host = holder['process'], holder['host']
+    return f'process {process} on {host} is running here'
+  except ValueError:  # the holder has not written its record yet
+    return 'another process is running here'

@@ -1,4 +1,4 @@
-"""metrics.jsonl: what a run measured, a JSON object a line."""
+"""metrics.jsonl: the metrics of a run, one JSON object per line."""
 
 import contextlib
 import json
@@ -7,7 +7,7 @@ import pathlib
 
 
 def read(path: pathlib.Path) -> list[dict]:
-  """The lines of a metrics file; an unfinished last line is passed over."""
+  """Read the lines of a metrics file, ignoring an unfinished last line."""
   if not path.exists():
     return []
   lines = path.read_text().split('\n')
@@ -15,32 +15,34 @@ def read(path: pathlib.Path) -> list[dict]:
 
 
 class Metrics:
-  """Writes metrics.jsonl, a line at a time, each on disk before the next."""
+  """Writes metrics.jsonl line by line, flushing each line."""
 
   def __init__(self, path: pathlib.Path, step: int, *, is_kept: bool = True):
-    """Takes the lines of a file up to `step`, the restored one.
+    """Load the lines of a file up to the restored step.
 
     Args:
-      path: of the file; without the later lines once something is written.
-      step: what comes after it is forgotten.
-      is_kept: whether this process writes; others only remember.
+      path: the file. Lines after `step` are removed at the first write.
+      step: the restored step; later lines are ignored.
+      is_kept: whether this process writes the file; if False, it only keeps the
+        lines in memory.
     """
     self.lines = [line for line in read(path) if line['step'] <= step]
     self._path, self._is_kept = path, is_kept
     self._file = None
 
   def has(self, prefix: str, step: int) -> bool:
-    """Whether something of that kind, such as 'eval/', is known of a step."""
+    """Whether a step has a metric with this prefix, such as 'eval/'."""
     return any(
       line['step'] == step and any(key.startswith(prefix) for key in line)
       for line in self.lines
     )
 
   def write(self, step: int, values: dict) -> None:
-    """Adds a line; numbers that aren't finite are left out.
+    """Append a line; non-finite values are omitted.
 
     Raises:
-      OSError: it isn't on disk; the next call that succeeds makes up for it.
+      OSError: the line could not be written. The next successful call writes it
+        as well.
     """
     values = {k: float(v) for k, v in values.items()}
     finite = {k: v for k, v in values.items() if math.isfinite(v)}
@@ -60,7 +62,7 @@ class Metrics:
   def close(self) -> None:
     file, self._file = self._file, None
     if file:
-      with contextlib.suppress(OSError):  # what it holds is in `lines` too
+      with contextlib.suppress(OSError):  # `lines` has the data as well
         file.close()
 
   def _rewrite(self):

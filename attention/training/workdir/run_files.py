@@ -1,4 +1,4 @@
-"""What a workdir says of its run: config.json, data.json, env.json."""
+"""The records of a run in its workdir: config.json, data.json, env.json."""
 
 import importlib.metadata
 import json
@@ -15,10 +15,10 @@ from attention.training.workdir import checkpoints
 
 
 def load_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
-  """The config of the run in a workdir.
+  """Load the config of the run in a workdir.
 
   Raises:
-    ValueError: there is no run, or the file isn't a config.
+    ValueError: there is no run, or the file is not a config.
   """
   path = workdir / 'config.json'
   if not path.exists():
@@ -31,26 +31,29 @@ def load_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
 
 
 def load_data(workdir: pathlib.Path) -> dict:
-  """The task's record of the data of the run in a workdir.
+  """Load the task's data record of the run in a workdir.
 
   Raises:
-    ValueError: the file isn't there, or isn't such a record.
+    ValueError: the file is missing or is not a data record.
   """
   return _read(workdir / 'data.json', 'sha256')
 
 
-def data_to_go_on(workdir: pathlib.Path, config) -> dict | None:
-  """`load_data`, if a run with that config.data goes on in a workdir."""
+def data_to_resume(workdir: pathlib.Path, config) -> dict | None:
+  """Load the data record if the workdir has a run to resume, else None.
+
+  The run must have the same config.data and at least one checkpoint.
+  """
   if not (workdir / 'config.json').exists():
     return None
   old = load_config(workdir).data.to_dict()
   is_same = old == config.data.to_dict()
-  goes_on = is_same and checkpoints.has_any(workdir / 'checkpoints')
-  return load_data(workdir) if goes_on else None
+  is_resumed = is_same and checkpoints.has_any(workdir / 'checkpoints')
+  return load_data(workdir) if is_resumed else None
 
 
 def _read(path, *keys):
-  """A file's JSON object, which has those keys."""
+  """Read a JSON object that must have the given keys."""
   try:
     record = json.loads(path.read_text())
   except FileNotFoundError:
@@ -63,18 +66,18 @@ def _read(path, *keys):
 
 
 def check(workdir: pathlib.Path, config, data: dict) -> str | None:
-  """Whether a run may start, or go on, in a workdir.
+  """Check that a run may start or resume in a workdir.
 
   Args:
-    workdir: of the run.
-    config: that it is asked to run with.
-    data: the task's record of its data.
+    workdir: folder of the run.
+    config: the requested config.
+    data: the task's data record.
 
   Returns:
-    What to tell the user, if anything.
+    A note for the user, or None.
 
   Raises:
-    ValueError: it holds a run of another config, or of other data.
+    ValueError: the workdir holds a run with another config or other data.
   """
   if workdir.exists() and not workdir.is_dir():
     raise ValueError(f'{workdir}: expected a folder, got a file')
@@ -84,7 +87,7 @@ def check(workdir: pathlib.Path, config, data: dict) -> str | None:
   if not checkpoints.has_any(workdir / 'checkpoints'):
     if old == new:
       return None
-    return f'{workdir}: no step of its former config was saved; begins anew'
+    return f'{workdir}: no checkpoint of its previous config; starting afresh'
   free = tuple(f'training.{key}' for key in TrainingConfig.FREE)
   differences = [
     f'{key} {old.get(key, "unset")!r} → {new.get(key, "unset")!r}'
@@ -93,8 +96,8 @@ def check(workdir: pathlib.Path, config, data: dict) -> str | None:
   ]
   if differences:
     raise ValueError(
-      f'{workdir}: holds a run of another config ({", ".join(differences)}); '
-      'choose another --workdir, or the same config'
+      f'{workdir}: holds a run with another config ({", ".join(differences)}); '
+      'choose another --workdir, or use the same config'
     )
   old_data = load_data(workdir)
   if old_data['sha256'] != data['sha256']:
@@ -106,19 +109,19 @@ def check(workdir: pathlib.Path, config, data: dict) -> str | None:
   if old_data != data:
     raise ValueError(
       f'{workdir}/data.json: records another vocabulary of the same data; '
-      'restore the file, or the version of tokenizers that the run began with'
+      'restore the file, or the version of tokenizers that the run started with'
     )
   before, after = old['training.steps'], new['training.steps']
   if before != after:
-    return f'steps: {before:,} → {after:,}; the schedule follows'
+    return f'steps: {before:,} → {after:,}; the learning-rate schedule changes'
   return None
 
 
 def write(workdir: pathlib.Path, config, data: dict) -> None:
-  """Records a run in its workdir."""
+  """Write the records of a run to its workdir."""
   workdir.mkdir(parents=True, exist_ok=True)
   for name, record in (
-    # Last is config.json: where it is, the others are.
+    # config.json comes last: if it exists, so do the others.
     ('env', _environment()),
     ('data', data),
     ('config', json.loads(config.to_json())),
@@ -129,7 +132,7 @@ def write(workdir: pathlib.Path, config, data: dict) -> None:
 
 
 def _flatten(config) -> dict:
-  """{'model.num_layers': 4, …}, as JSON has it."""
+  """Return {'model.num_layers': 4, …}, with values as in JSON."""
 
   def walk(prefix, value):
     if isinstance(value, dict):
@@ -142,7 +145,7 @@ def _flatten(config) -> dict:
 
 
 def versions() -> dict[str, str]:
-  """Versions of Python and of the packages that a run's numbers depend on."""
+  """Return the versions of Python and the packages that affect results."""
   packages = (
     'attention',
     'jax',

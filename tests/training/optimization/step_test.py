@@ -1,4 +1,4 @@
-"""Steps: parts of a batch add up, numbers that aren't finite are kept out."""
+"""Training steps: micro-batches are exact, non-finite steps change nothing."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ _BASE = dict(steps=10, log_every=1, eval_every=1, checkpoint_every=1)
 
 
 class _Regression:
-  """A straight line through points, of which some do not count."""
+  """Linear regression in which some examples are masked."""
 
   batch_size = 12
 
@@ -52,7 +52,7 @@ def _step(mesh_of=1, task=None, **settings):
 
 
 def _run(poisons, **settings):
-  """(state, [metrics]) after a step for each poison."""
+  """Run one step per poison value; returns (state, [metrics])."""
   task, step = _step(**settings)
   state, measured = step.init(), []
   for n, poison in enumerate(poisons):
@@ -64,7 +64,7 @@ def _run(poisons, **settings):
 
 
 @pytest.mark.parametrize('parts', [2, 3, 6])
-def test_micro_batches_add_up_to_the_whole(parts, assert_close):
+def test_microbatches_match_the_whole_batch(parts, assert_close):
   whole, measured = _run([1.0] * 4)
   state, again = _run([1.0] * 4, num_microbatches=parts)
   for one, two in zip(measured, again, strict=True):
@@ -73,7 +73,7 @@ def test_micro_batches_add_up_to_the_whole(parts, assert_close):
   jax.tree.map(assert_close, state['params'], whole['params'])
 
 
-def test_a_batch_of_which_nothing_counts_gives_zero():
+def test_a_fully_masked_batch_has_zero_loss_and_gradients():
   task, step = _step()
   batch = task.batch(0) | {'mask': np.zeros(12, bool)}
   batch = step.place(batch)
@@ -89,33 +89,34 @@ def test_bad_steps_change_nothing_and_are_counted():
   for part in ('params', 'optimizer'):
     jax.tree.map(np.testing.assert_array_equal, state[part], clean[part])
   assert [int(m['train/bad_steps']) for m in measured] == [0, 1, 2]
-  assert nonfinite.Bad(*measured[-1]['bad'].tolist()) == (2, 2, 2, 0)
+  assert nonfinite.BadSteps(*measured[-1]['bad'].tolist()) == (2, 2, 2, 0)
   _, measured = _run([np.nan, 1.0, 1.0, np.nan])
   assert [m['bad'][1] for m in measured] == [1, 0, 0, 1]
-  assert nonfinite.Bad(*measured[-1]['bad'].tolist()) == (2, 1, 4, 0)
+  assert nonfinite.BadSteps(*measured[-1]['bad'].tolist()) == (2, 1, 4, 0)
   assert np.isfinite(measured[2]['train/loss'])
 
 
-def test_the_watch_warns_and_then_stops_by_name():
-  said = []
+def test_the_watch_warns_and_then_raises_with_the_parameter_name():
+  warnings = []
   params = {'gpt/line': {'b': 0, 'w': 0}}
-  watch = nonfinite.Watch(params, 3, said.append)
+  watch = nonfinite.Watch(params, 3, warnings.append)
   watch.note(np.array([0, 0, 0, -1]))
   watch.note(np.array([1, 1, 7, 1]))
-  assert not said
+  assert not warnings
   watch.note(np.array([2, 2, 7, 1]))
-  assert said == [
-    'warning: the gradient of gpt/line/w is not finite at step 7: skipped '
-    '(1 in a row, 1 in all)'
+  assert warnings == [
+    'warning: the gradient of gpt/line/w is not finite at step 7; step skipped '
+    '(1 in a row, 1 in total)'
   ]
   watch.note(np.array([3, 3, 7, 1]))
   with pytest.raises(
-    nonfinite.NotFinite, match='from step 7 on, 3 steps .* of gpt/line/w is not'
+    nonfinite.NotFinite,
+    match='of gpt/line/w has not been finite for 3 .* starting at step 7;',
   ):
     watch.flush()
 
 
-def test_the_loss_scale_falls_until_float16_holds_the_gradients(assert_close):
+def test_the_loss_scale_decreases_until_gradients_fit_float16(assert_close):
   policy = 'params=float32,compute=float16,output=float32'
   task = _Regression(jnp.float16)
   state, scaled = _run([30.0] * 12, task=task, precision=policy)
@@ -123,8 +124,9 @@ def test_the_loss_scale_falls_until_float16_holds_the_gradients(assert_close):
   first = good.index(True)
   assert first > 0
   assert 1 <= state['guard']['scale'] == 2.0 ** (15 - good.count(False))
-  assert not state['guard']['bad'][0]  # too large a scale is no bad step
-  # Nothing has changed until then: the gradient is that of the start.
+  # Steps that overflow because of the scale do not count as bad.
+  assert not state['guard']['bad'][0]
+  # Skipped steps changed nothing, so the gradient is that of the initial state.
   exact = _Regression()
   params = exact.init(jax.random.key(3))
   batch = exact.batch(first, 30.0)
@@ -132,7 +134,7 @@ def test_the_loss_scale_falls_until_float16_holds_the_gradients(assert_close):
   assert_close(
     scaled[first]['train/grad_norm'], optax.tree.norm(grads), 'float16'
   )
-  # At the least scale, what isn't finite is a bad step.
+  # A non-finite loss is a bad step at any scale.
   _, scaled = _run([np.nan] * 3, task=task, precision=policy)
   assert [m['bad'][0] for m in scaled] == [1, 2, 3]
 
@@ -140,6 +142,6 @@ def test_the_loss_scale_falls_until_float16_holds_the_gradients(assert_close):
 @pytest.mark.parametrize(
   'text', ['float33', 'params=float32,compute=int7', '=']
 )
-def test_a_precision_that_is_none_is_refused(text):
-  with pytest.raises(ValueError, match='training.precision: expected such as'):
+def test_invalid_precisions_raise(text):
+  with pytest.raises(ValueError, match='training.precision: expected a policy'):
     precision.parse(text)

@@ -1,4 +1,4 @@
-"""The same losses on any mesh, and checkpoints that move between them."""
+"""All meshes give the same losses, and checkpoints move between meshes."""
 
 import json
 
@@ -15,7 +15,7 @@ _MESHES = {
   'fsdp 8': dict(data=1, fsdp=8),
   'data 2 × fsdp 2 × tensor 2': dict(data=2, fsdp=2, tensor=2),
 }
-# Trains on each mesh, and goes on from the checkpoint of the mesh before it.
+# Trains on each mesh, and resumes from the previous mesh's checkpoint.
 _TRAIN = """
 import contextlib, json, pathlib, sys
 import jax
@@ -25,13 +25,13 @@ from attention.training import command_line, tasks
 from attention.training.optimization import optimizers
 from attention.training.parallelism import sharding
 from attention.training.workdir.checkpoints import Checkpoints
-from attention.training.training_config import Settings
+from attention.training.training_config import TrainingConfig
 from attention.training.optimization.step import Step
 
 workdir, steps, meshes = json.loads(sys.argv[1])
 config = command_line.load_config('configs/gpt_char.py:debug')
 config.data.update(path=f'{workdir}/text.txt', batch_size=16)
-settings = Settings.create(config.training.to_dict())
+settings = TrainingConfig.create(config.training.to_dict())
 optimizer, schedule = optimizers.adamw(steps=20, **config.optimizer)
 task = tasks.create(config)
 
@@ -70,9 +70,9 @@ print(json.dumps(results))
 
 def _train(python, text, steps, meshes):
   words = json.dumps([str(text.parent), steps, meshes])
-  said, error = python('-c', _TRAIN, words).communicate(timeout=900)
-  assert said, error
-  results = json.loads(said)
+  output, error = python('-c', _TRAIN, words).communicate(timeout=900)
+  assert output, error
+  results = json.loads(output)
   whole = np.array(results['one']['losses'])
   assert len(whole) == steps
   for result in results.values():
@@ -84,7 +84,7 @@ def _train(python, text, steps, meshes):
   return results
 
 
-def test_a_mixed_mesh_trains_as_one_device_and_takes_its_checkpoint(
+def test_a_mixed_mesh_matches_one_device_and_restores_its_checkpoint(
   python, text
 ):
   mixed = 'data 2 × fsdp 2 × tensor 2'
@@ -104,7 +104,7 @@ def test_all_meshes_give_the_same_losses(python, text):
   assert results['fsdp 8']['held'] < 0.3
 
 
-def test_heads_and_feed_forward_go_over_tensor_the_rest_over_fsdp():
+def test_heads_and_feed_forward_shard_over_tensor_the_rest_over_fsdp():
   mesh = jax.sharding.AbstractMesh((1, 2, 2), ('data', 'fsdp', 'tensor'))
   names = {
     'gpt/block_0/attention/qkv//w': ((6, 18), ('fsdp', 'tensor')),
@@ -138,12 +138,12 @@ def test_heads_and_feed_forward_go_over_tensor_the_rest_over_fsdp():
     (dict(data=0), 'training.mesh.data: expected 1 or more, or -1'),
   ],
 )
-def test_a_mesh_that_is_not_there_is_refused(axes, message):
+def test_invalid_meshes_raise(axes, message):
   with pytest.raises(ValueError, match=message):
     sharding.make_mesh(16, **axes)
 
 
-def test_data_takes_as_many_devices_as_divide_the_batch():
+def test_data_uses_as_many_devices_as_divide_the_batch():
   mesh = sharding.make_mesh(7 * len(jax.devices()))
   assert isinstance(mesh, Mesh)
   assert mesh.shape == {'data': len(jax.devices()), 'fsdp': 1, 'tensor': 1}

@@ -1,4 +1,4 @@
-"""Several processes train one run together, and end together."""
+"""Several processes train one run together and stop together."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ from attention.training.workdir import metrics
 
 @pytest.fixture
 def start(text, tmp_path, python):
-  """start(name, num_processes, steps): the processes of one run."""
+  """start(name, num_processes, steps): starts the processes of one run."""
 
   def start(name, num_processes, steps):
     words = [
@@ -55,7 +55,7 @@ def _losses(workdir):
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_two_devices_of_one(start, tmp_path):
+def test_two_processes_match_one_process_with_two_devices(start, tmp_path):
   for name, num_processes in (('one', 1), ('two', 2)):
     for process in start(name, num_processes, 30):
       _, error = process.communicate(timeout=300)
@@ -64,17 +64,15 @@ def test_two_processes_train_as_two_devices_of_one(start, tmp_path):
   assert one.keys() == two.keys()
   assert len(one) == 32
   np.testing.assert_allclose(list(two.values()), list(one.values()), rtol=2e-6)
-  # Each can go on from the other's checkpoint.
+  # One process resumes from the checkpoint of two.
   for process in start('two', 1, 35):
-    said, error = process.communicate(timeout=300)
-    assert 'resumed from step 30' in said, error
+    output, error = process.communicate(timeout=300)
+    assert 'resumed from step 30' in output, error
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('killed', [0, 1])
-def test_with_one_process_killed_the_other_says_so_and_ends(
-  start, tmp_path, killed
-):
+def test_a_killed_process_ends_the_other_with_an_error(start, tmp_path, killed):
   processes = start('run', 2, 100_000)
   while not _losses(tmp_path / 'run'):
     assert all(p.poll() is None for p in processes)
@@ -96,9 +94,9 @@ def test_a_signal_to_one_process_stops_all(start, tmp_path):
     assert all(p.poll() is None for p in processes)
     time.sleep(0.1)
   processes[1].send_signal(signal.SIGTERM)
-  said, error = processes[0].communicate(timeout=120)
+  output, error = processes[0].communicate(timeout=120)
   assert processes[0].returncode == 0, error
-  assert 'stopped by SIGTERM at step' in said
+  assert 'stopped by SIGTERM at step' in output
   assert processes[1].wait(timeout=60) == 0
   names = [p.name for p in (tmp_path / 'run' / 'checkpoints').iterdir()]
   assert str(max(step for step, _ in _losses(tmp_path / 'run'))) in names
@@ -112,12 +110,12 @@ def test_a_signal_to_one_process_stops_all(start, tmp_path):
     (('host:1', 2, 2), '--process_id: expected less than --num_processes=2'),
   ],
 )
-def test_processes_half_described_are_refused(given, message):
+def test_incomplete_process_flags_raise(given, message):
   with pytest.raises(ValueError, match=message):
     processes.start(*given)
 
 
-def test_outside_a_cluster_there_is_one_process(monkeypatch):
+def test_only_a_cluster_starts_jax_distributed(monkeypatch):
   started = []
   monkeypatch.setattr(
     processes.jax.distributed, 'initialize', lambda **_: started.append(1)

@@ -1,4 +1,4 @@
-"""python -m attention inspect: figures that are known, and those of a model."""
+"""python -m attention inspect, against known numbers and real models."""
 
 import subprocess
 import sys
@@ -24,14 +24,14 @@ def _row(text, start):
 def test_gpt3_is_counted_exactly(capsys):
   text = _inspect(capsys, '--config=configs/gpt3.py')
   for start, end in (
-    ('query, a head', '12288 × 128           1,572,864'),
-    ('key, a head', '12288 × 128           1,572,864'),
-    ('value, a head', '12288 × 128           1,572,864'),
-    ('output, a head', '128 × 12288           1,572,864'),
-    ('a head: all', ' 6,291,456'),
-    ("a layer's 96 heads", ' 603,979,776'),
+    ('query, per head', '12288 × 128           1,572,864'),
+    ('key, per head', '12288 × 128           1,572,864'),
+    ('value, per head', '12288 × 128           1,572,864'),
+    ('output, per head', '128 × 12288           1,572,864'),
+    ('one head', ' 6,291,456'),
+    ('96 heads, per layer', ' 603,979,776'),
     ('96 layers', ' 57,982,058,496'),
-    ('a value map of full rank', '12288 × 12288         150,994,944'),
+    ('full-rank value map', '12288 × 12288         150,994,944'),
     ('factorised', ' 3,145,728'),
     ('57,982,058,496 of 174,604,259,328', '33.2% of 175 billion)'),
   ):
@@ -42,8 +42,8 @@ def test_gpt3_is_counted_exactly(capsys):
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
 def test_gpt3_takes_seconds_and_little_memory():
-  # Of the processor: a clock on the wall would tell of other work too. And
-  # ru_maxrss would tell of the process that started this one.
+  # Measure CPU time, which other processes do not affect, and VmHWM, because
+  # ru_maxrss is inherited from the parent process.
   script = (
     'import sys, time; from attention.__main__ import main;'
     "main(['inspect', '--config=configs/gpt3.py']);"
@@ -60,23 +60,23 @@ def test_gpt3_takes_seconds_and_little_memory():
 
 
 @pytest.mark.parametrize('is_tied', [True, False])
-def test_what_is_counted_is_what_is_made(is_tied):
+def test_counts_match_the_model(is_tied):
   config = command_line.load_config('configs/gpt_char.py:debug')
   config.model.with_tied_output = is_tied
   task = tasks.create(config)
   text = model_summary.inspect(config, task)
   params = jax.eval_shape(task.init, jax.random.key(0))
   count = sum(x.size for x in jax.tree.leaves(params))
-  assert _row(text, 'all').split()[1] == f'{count:,}'
-  # Of width 16, 2 layers, 16 keys, v symbols, by hand: attention's and the
-  # feed-forward's 12 · 16² parameters a layer, the output's 16 v; then products
+  assert _row(text, 'total').split()[1] == f'{count:,}'
+  # By hand, for width 16, 2 layers, 16 keys and v symbols: 12 · 16² parameters
+  # per layer in attention and feed-forward, 16 v in the output; then products
   # with 16 keys and 16 values.
   symbols = task.vocabulary.size
   flops = 2 * (2 * 12 * 16**2 + 16 * symbols) + 2 * 2 * 16 * (16 + 16)
-  assert _row(text, 'all').split()[2] == f'{flops:,}'
+  assert _row(text, 'total').split()[2] == f'{flops:,}'
 
 
-def test_keys_of_a_config_are_changed_and_mistakes_are_one_line(capsys):
+def test_inspect_accepts_overrides_and_reports_errors_in_one_line(capsys):
   words = ('--config=configs/gpt3.py:debug', '--config.model.num_layers=3')
   assert 'gpt/block_0…2/attention' in _inspect(capsys, *words)
   for words, message in (

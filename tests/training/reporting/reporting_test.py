@@ -1,4 +1,4 @@
-"""What is seen of a run: work, TensorBoard, traces."""
+"""Reports on a run: FLOPs, memory, TensorBoard, traces."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from attention.training.workdir import metrics
 
 
 class _Layers:
-  """Three products, of which two stand in a scan."""
+  """A model with three matrix products, two of them in a scan."""
 
   def init(self, rng):
     return {'first': jnp.zeros((5, 7)), 'rest': jnp.zeros((2, 7, 7))}
@@ -27,7 +27,7 @@ class _Layers:
     return x.sum(), 1
 
 
-def test_a_steps_work_is_three_times_its_products():
+def test_a_step_counts_three_times_its_forward_products():
   batch = {'x': np.zeros((11, 5), 'f')}
   forward = 2 * 11 * 5 * 7 + 2 * (2 * 11 * 7 * 7)
   assert flops.count_step(_Layers(), batch) == 3 * forward
@@ -36,36 +36,36 @@ def test_a_steps_work_is_three_times_its_products():
 @pytest.mark.parametrize(
   'implementation', [{}, {'model.implementation': 'reference'}]
 )
-def test_a_gpts_work_is_that_of_its_formula(config, implementation):
+def test_flops_of_a_gpt_match_the_formula(config, implementation):
   task = tasks.create(config(**implementation))
   m, layers, t, v = 16, 2, 16, task.vocabulary.size
-  a_token = layers * (12 * m * m + 2 * t * m) + m * v
+  per_token = layers * (12 * m * m + 2 * t * m) + m * v
   tokens = task.tokens_per_step
-  assert flops.count_step(task, task.batch(0)) == 6 * a_token * tokens
+  assert flops.count_step(task, task.batch(0)) == 6 * per_token * tokens
 
 
-def test_utilisation_is_known_where_the_peak_is():
+def test_utilisation_is_none_if_the_peak_is_unknown():
   mesh = sharding.make_mesh(1)
   assert flops.utilisation(1e12, mesh) is None
   assert memory.peak_mib(mesh) is None or memory.peak_mib(mesh) > 0
 
 
-def test_a_run_fills_tensorboard_and_a_trace(config, tmp_path):
+def test_a_run_writes_tensorboard_events_and_a_trace(config, tmp_path):
   pytest.importorskip('tensorboardX')
   from tensorboardX.proto import event_pb2
 
   settings = config(**{'training.steps': 4, 'training.log_every': 2})
   loop.prepare(settings, tmp_path / 'run', profile=(1, 3))()
   (path,) = (tmp_path / 'run' / 'tb').iterdir()
-  seen = {}
+  steps = {}
   for event in _events(path.read_bytes(), event_pb2.Event):
     for value in event.summary.value:
-      seen.setdefault(value.tag, []).append(event.step)
+      steps.setdefault(value.tag, []).append(event.step)
   for name in ('train/loss', 'train/flops_per_second'):
-    assert seen[name] == [2, 4]
-  assert seen['eval/loss'] == [4]
-  assert seen['loss'] == [4]  # the picture of the curve
-  assert any('sample' in tag for tag in seen)
+    assert steps[name] == [2, 4]
+  assert steps['eval/loss'] == [4]
+  assert steps['loss'] == [4]  # the image of the loss curve
+  assert any('sample' in tag for tag in steps)
   traces = list((tmp_path / 'run' / 'profile').rglob('*.xplane.pb'))
   assert len(traces) == 1
   line = metrics.read(tmp_path / 'run' / 'metrics.jsonl')[-2]
@@ -73,14 +73,14 @@ def test_a_run_fills_tensorboard_and_a_trace(config, tmp_path):
 
 
 def _events(content, kind):
-  """The events of a file: length, its checksum, content, its checksum."""
+  """Parse an event file; records are length, checksum, content, checksum."""
   while content:
     size = int.from_bytes(content[:8], 'little')
     yield kind.FromString(content[12 : 12 + size])
     content = content[16 + size :]
 
 
-def test_without_tensorboardx_there_is_no_board(tmp_path, monkeypatch):
+def test_without_tensorboardx_nothing_is_written(tmp_path, monkeypatch):
   monkeypatch.setitem(__import__('sys').modules, 'tensorboardX', None)
   board = TensorBoard(tmp_path / 'tb', 0)
   board.scalars(1, {'a': 1.0})

@@ -1,4 +1,4 @@
-"""Classification runs: train, stop, resume, draw; the digits' accuracy."""
+"""Classification runs: training, resuming, plots, accuracy on the digits."""
 
 import json
 
@@ -32,19 +32,20 @@ def test_digits_train_and_draw_a_confusion_matrix(
   (tmp_path / 'plots').mkdir()
   loop.train(config, tmp_path)
   assert set(units) == {'nats per example'}
-  said = capsys.readouterr().out
-  assert 'the classes most often taken for another, also in' in said
-  assert 'python -m attention evaluate --workdir=' in said
+  output = capsys.readouterr().out
+  assert 'most frequent confusions, saved to' in output
+  assert 'python -m attention evaluate --workdir=' in output
   lines = (tmp_path / 'metrics.jsonl').read_text().splitlines()
   last = json.loads(lines[-1])
   assert last['step'] == 30
   assert 0 < last['eval/accuracy'] < 1
   assert (tmp_path / 'plots' / 'confusion.png').stat().st_size > 1000
-  assert ' taken for ' in (tmp_path / 'samples' / '00000030.txt').read_text()
+  sample = (tmp_path / 'samples' / '00000030.txt').read_text()
+  assert ' mistaken for ' in sample
 
 
 @pytest.mark.slow
-def test_a_run_on_texts_learns_resumes_and_draws(tmp_path, capsys):
+def test_a_text_run_learns_resumes_and_plots(tmp_path, capsys):
   config = command_line.load_config('configs/classify_text.py:debug')
   config.data.path = str(_texts(tmp_path))
   config.optimizer.learning_rate = 1e-2
@@ -59,7 +60,7 @@ def test_a_run_on_texts_learns_resumes_and_draws(tmp_path, capsys):
   words = ['plot', f'--workdir={run}']
   assert cli.main([*words, '--text=it went up']) == 0
   printed = capsys.readouterr().out
-  assert "takes this for 'up'" in printed
+  assert "predicted class: 'up'" in printed
   page = (run / 'plots' / 'attention.html').read_text()
   assert '"queries": ["it", "went", "up"]' in page
   for text, message in (
@@ -70,7 +71,7 @@ def test_a_run_on_texts_learns_resumes_and_draws(tmp_path, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_a_task_is_loaded_without_its_data():
+def test_a_task_loads_without_its_data():
   for name in ('digits', 'classify_text'):
     config = command_line.load_config(f'configs/{name}.py:debug')
     task = tasks.create(config)

@@ -1,4 +1,4 @@
-"""Runs on subwords, their sizes, and what bfloat16 changes of them."""
+"""Language runs: subwords, model sizes, training in bfloat16."""
 
 import json
 import shutil
@@ -26,14 +26,14 @@ _BPE = {
 
 @pytest.fixture(scope='module')
 def run(config, tmp_path_factory):
-  """Workdir of a short run on subwords learnt from its text."""
+  """The workdir of a short run on subwords learnt from its text."""
   workdir = tmp_path_factory.mktemp('subwords') / 'run'
   loop.train(config(**_BPE), workdir)
   return workdir
 
 
 def _outcome(workdir):
-  """What a run measured, but for times, and its parameters."""
+  """Return a run's metrics, except timings, and its parameters."""
   lines = [
     {k: v for k, v in line.items() if 'second' not in k}
     for line in metrics.read(workdir / 'metrics.jsonl')
@@ -42,7 +42,7 @@ def _outcome(workdir):
   return lines, [x.tobytes() for x in map(np.asarray, jax.tree.leaves(params))]
 
 
-def test_a_run_on_subwords_resumes_to_the_same_bytes_and_learns_none_again(
+def test_a_resumed_subword_run_is_exact_and_relearns_no_tokenizer(
   config, run, tmp_path, monkeypatch
 ):
   copy = tmp_path / 'run'
@@ -53,28 +53,28 @@ def test_a_run_on_subwords_resumes_to_the_same_bytes_and_learns_none_again(
   assert _outcome(copy) == _outcome(run)
 
 
-def test_a_run_on_subwords_needs_no_text_to_be_used(run):
+def test_a_subword_model_is_used_without_its_text(run):
   task, params = trained.load(run)
   assert task.data is None
   assert 256 < task.vocabulary.size <= 270
-  written = task.sample(params, 'the 🙂', 4, seed=0)
-  assert written.startswith('the 🙂') and len(written) > 5
+  text = task.sample(params, 'the 🙂', 4, seed=0)
+  assert text.startswith('the 🙂') and len(text) > 5
   labels, _, found = task.patterns(params, ' quick fox')['attention']
   assert ''.join(labels) == ' quick fox'
   assert next(iter(found.values())).shape[-1] == len(labels) < 10
 
 
-def test_bits_per_byte_are_the_loss_in_another_unit(run, config):
+def test_bits_per_byte_match_the_loss(run, config):
   (values,) = (
     line for line in metrics.read(run / 'metrics.jsonl') if 'eval/loss' in line
   )
   data = tasks.create(config(**_BPE)).data
   bits = values['eval/loss'] * (len(data.validation) - 1) / np.log(2)
-  written = data.vocabulary.decode(data.validation[1:])
-  assert abs(values['eval/bits_per_byte'] - bits / len(written)) < 1e-6
+  text = data.vocabulary.decode(data.validation[1:])
+  assert abs(values['eval/bits_per_byte'] - bits / len(text)) < 1e-6
 
 
-def test_a_given_tokenizer_is_kept_with_the_run(config, tmp_path):
+def test_a_given_tokenizer_is_stored_with_the_run(config, tmp_path):
   path, workdir = tmp_path / 'tokenizer.json', tmp_path / 'run'
   path.write_text(Subwords.learn(['the quick brown fox'], 270).json)
   settings = config(**{'data.level': str(path)})
@@ -101,13 +101,13 @@ def test_a_given_tokenizer_is_kept_with_the_run(config, tmp_path):
     ('debug', 2 * (12 * 16**2 + 13 * 16), (16 + 2) * 16),
   ],
 )
-def test_each_size_has_the_shapes_that_it_says(config, size, blocks, others):
+def test_each_size_has_the_expected_shapes(config, size, blocks, others):
   settings = config(size=size)
   names = set(settings.model) | set(settings.data) | set(settings.training)
   assert names == {
     name for key in ('model', 'data', 'training') for name in config()[key]
   }
-  settings.data.path = __file__  # is long enough for each
+  settings.data.path = __file__  # long enough for every size
   if size == 'gpt2':
     settings.data.vocab_size = 300
   task = tasks.create(settings)

@@ -1,4 +1,4 @@
-"""Text written by a GPT, a piece at a time."""
+"""Sampling text from a GPT, piece by piece."""
 
 import jax
 import numpy as np
@@ -8,7 +8,7 @@ from attention.data.subwords import Subwords
 from attention.data.vocabularies import Bytes, Characters
 from attention.training.tasks.language import Language
 
-_CONTEXT = 16  # so that pieces are of 4 tokens
+_CONTEXT = 16  # gives pieces of 4 tokens
 
 
 def _task(vocabulary, **sizes):
@@ -17,7 +17,7 @@ def _task(vocabulary, **sizes):
 
 
 @pytest.mark.parametrize('length', [1, 7, 40])
-def test_a_stream_is_what_plain_forward_passes_would_write(length):
+def test_a_stream_matches_plain_forward_passes(length):
   task = _task(Characters('abcdefghijk'))
   params = jax.jit(task.init)(jax.random.key(0))
   params = jax.tree.map(lambda p: 5 * p, params)
@@ -27,9 +27,9 @@ def test_a_stream_is_what_plain_forward_passes_would_write(length):
   tokens = task.vocabulary.encode(prompt).tolist()
   apply = jax.jit(task.apply)
   for _ in range(3):
-    window = tokens[-(_CONTEXT - 3) :]  # a piece begins with what fits
+    window = tokens[-(_CONTEXT - 3) :]  # what fits before a piece
     for _ in range(4):
-      rest = [0] * (_CONTEXT - len(window))  # nobody looks ahead
+      rest = [0] * (_CONTEXT - len(window))  # padding, masked by causality
       logits = apply(params, np.array([window + rest]))
       window = [*window, int(logits[0, len(window) - 1].argmax())]
     tokens += window[-4:]
@@ -37,16 +37,16 @@ def test_a_stream_is_what_plain_forward_passes_would_write(length):
 
 
 @pytest.mark.parametrize('vocabulary', [Bytes(), Subwords.learn([], 256)])
-def test_a_symbol_of_several_bytes_is_streamed_whole(monkeypatch, vocabulary):
+def test_multibyte_symbols_are_streamed_whole(monkeypatch, vocabulary):
   task = _task(vocabulary)
-  written = vocabulary.encode('aé€ü𝄞zéa')
-  pieces = iter(written.reshape(-1, 1, 4))
-  monkeypatch.setattr(task, '_write', lambda *_, **__: next(pieces))
-  text = list(task.stream(None, 'ß', len(written), seed=0))
+  tokens = vocabulary.encode('aé€ü𝄞zéa')
+  pieces = iter(tokens.reshape(-1, 1, 4))
+  monkeypatch.setattr(task, '_sample', lambda *_, **__: next(pieces))
+  text = list(task.stream(None, 'ß', len(tokens), seed=0))
   assert text == ['ß', 'aé', '€ü', '𝄞', 'zéa']
 
 
-def test_only_tokens_of_the_vocabulary_are_written():
+def test_only_tokens_of_the_vocabulary_are_sampled():
   task = _task(Characters('abc'), vocab_size=50)
   params = jax.jit(task.init)(jax.random.key(0))
   text = task.sample(params, 'a', 40, seed=0, temperature=5.0)

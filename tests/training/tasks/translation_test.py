@@ -1,4 +1,4 @@
-"""Runs that translate: they learn, answer lines, and say what is wrong."""
+"""Translation runs: training, translating lines, evaluation, errors."""
 
 import io
 import shutil
@@ -16,7 +16,7 @@ _WORDS = ('rot', 'gelb', 'blau', 'rund', 'eckig')
 
 @pytest.fixture(scope='module')
 def pairs(tmp_path_factory):
-  """Two aligned files: words, and the same backwards."""
+  """Aligned files: lines of words, and the same lines with words reversed."""
   folder = tmp_path_factory.mktemp('pairs')
   rng = np.random.default_rng(0)
   lines = [rng.choice(_WORDS, rng.integers(1, 7)) for _ in range(80)]
@@ -54,7 +54,7 @@ def run(pairs, tmp_path_factory):
   return workdir
 
 
-def test_a_run_measures_draws_and_writes_examples(run):
+def test_a_run_evaluates_plots_and_writes_examples(run):
   lines = metrics.read(run / 'metrics.jsonl')
   last = {k: v for line in lines for k, v in line.items()}
   assert 0 < last['eval/loss'] < np.log(300) * 1.2
@@ -66,7 +66,7 @@ def test_a_run_measures_draws_and_writes_examples(run):
 
 
 class _Lines(io.BytesIO):
-  """Standard input, of a pipe or a terminal."""
+  """Standard input from a pipe or a terminal."""
 
   def __init__(self, content, is_terminal=False):
     super().__init__(content)
@@ -87,19 +87,19 @@ def _answer(run, content, beam_size=2, is_terminal=False):
   return refused, output.getvalue().split('\n'), errors.getvalue()
 
 
-def test_each_line_has_its_answer_or_its_reason(run):
+def test_each_line_gets_an_answer_or_a_reason(run):
   content = b'rot blau\n\n' + b'rund ' * 40 + b'\ngelb \xff\neckig'
   refused, answers, errors = _answer(run, content)
   assert refused == 2
   assert len(answers) == 6 and answers[-1] == ''
   assert answers[1] == answers[2] == answers[3] == ''
-  assert 'line 3: ' in errors and 'reads at most 20' in errors
+  assert 'line 3: ' in errors and 'accepts at most 20' in errors
   assert 'line 4: not UTF-8 at byte 5 (0xff)' in errors
-  # Answers do not depend on what else is asked.
+  # Answers do not depend on the other lines of a batch.
   assert _answer(run, b'eckig\n')[1][0] == answers[4]
 
 
-def test_a_terminal_gets_a_prompt_and_a_pipe_none(run):
+def test_only_a_terminal_gets_a_prompt(run):
   assert _answer(run, b'rot\n', 1, is_terminal=True)[2].startswith('> ')
   assert _answer(run, b'rot\n', 1)[2] == ''
   assert _answer(run, b'', 1)[1] == ['']
@@ -107,11 +107,11 @@ def test_a_terminal_gets_a_prompt_and_a_pipe_none(run):
 
 def _main(capsys, *words):
   status = cli.main([str(word) for word in words])
-  said = capsys.readouterr()
-  return status, said.out, said.err
+  printed = capsys.readouterr()
+  return status, printed.out, printed.err
 
 
-def test_evaluate_prints_loss_and_bleu_with_its_signature(run, pairs, capsys):
+def test_evaluate_prints_loss_and_bleu_with_signature(run, pairs, capsys):
   status, out, _ = _main(capsys, 'evaluate', f'--workdir={run}')
   assert status == 0
   assert 'validation: 9 pairs' in out
@@ -136,14 +136,14 @@ def test_evaluate_prints_loss_and_bleu_with_its_signature(run, pairs, capsys):
     (['evaluate', '--source=x', '--target=y'], 'x: No such file'),
   ],
 )
-def test_mistakes_answer_in_one_line(run, capsys, monkeypatch, words, message):
+def test_errors_are_one_line(run, capsys, monkeypatch, words, message):
   monkeypatch.setattr('sys.stdin', io.TextIOWrapper(_Lines(b'rot\n')))
   status, _, err = _main(capsys, *words, f'--workdir={run}')
   assert status == 2
   assert message in err and err.count('\n') == 1
 
 
-def test_files_of_different_line_counts_are_refused_before_compiling(
+def test_files_with_different_line_counts_raise_before_compiling(
   pairs, tmp_path
 ):
   short = tmp_path / 'short'
@@ -154,7 +154,7 @@ def test_files_of_different_line_counts_are_refused_before_compiling(
 
 
 @pytest.mark.slow
-def test_a_resumed_run_goes_on_to_the_same_bytes(run, pairs, tmp_path):
+def test_a_resumed_run_writes_the_same_bytes(run, pairs, tmp_path):
   copy = tmp_path / 'copy'
   shutil.copytree(run, copy)
   shutil.rmtree(copy / 'checkpoints' / '4')

@@ -1,4 +1,4 @@
-"""Checkpoints: what is damaged is noticed, and the one before it serves."""
+"""Checkpoints: damage is detected, and the previous checkpoint is used."""
 
 import contextlib
 import pathlib
@@ -28,12 +28,12 @@ def _save(folder, *steps, num_kept=3, losses=()):
 
 
 def _restore(folder):
-  """(step, whether the state is that step's, what was warned of)."""
-  said = []
-  with contextlib.closing(Checkpoints(folder, 3, said.append)) as checkpoints:
+  """Return (step, whether the state is that step's, warnings)."""
+  warned = []
+  with contextlib.closing(Checkpoints(folder, 3, warned.append)) as checkpoints:
     step = checkpoints.latest_step()
     if step is None:
-      return None, None, said
+      return None, None, warned
     like = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
       _state(0),
@@ -44,7 +44,7 @@ def _restore(folder):
     state,
     _state(step),
   )
-  return step, all(jax.tree.leaves(same)), said
+  return step, all(jax.tree.leaves(same)), warned
 
 
 def _names(folder):
@@ -57,7 +57,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
   assert _restore(tmp_path) == (5, True, [])
 
 
-def test_a_copy_is_of_the_step_it_was_saved_at(tmp_path):
+def test_later_steps_do_not_change_a_pending_save(tmp_path):
   advance = jax.jit(lambda x: x + 1, donate_argnums=0)
   x = jnp.zeros((1009, 101))
   with contextlib.closing(Checkpoints(tmp_path, 9)) as checkpoints:
@@ -73,7 +73,7 @@ def test_a_copy_is_of_the_step_it_was_saved_at(tmp_path):
 
 
 def _faults(step: pathlib.Path, num_flips):
-  """(name, function that damages a step) for every file, and some bits."""
+  """Yield (name, damaging function) for every file and for random bits."""
   files = sorted(path for path in step.rglob('*') if path.is_file())
 
   def cut(path):
@@ -90,7 +90,7 @@ def _faults(step: pathlib.Path, num_flips):
     if path.stat().st_size:
       yield f'cut {name}', lambda path=path: cut(path)
       yield f'empty {name}', lambda path=path: path.write_bytes(b'')
-  # Each bit of the checkpoint is as likely as any other.
+  # Choose bits uniformly over the whole checkpoint.
   sizes = [8 * path.stat().st_size for path in files]
   chance = random.Random(0)
   for path in chance.choices(files, sizes, k=num_flips):
@@ -103,52 +103,52 @@ def _check_faults(folder, faults_every, num_flips):
   copy = folder / 'copy'
   shutil.copytree(folder / 'good', copy)
   names = [name for name, _ in _faults(copy / '20', num_flips)]
-  noticed = 0
+  detected = 0
   for i in range(0, len(names), faults_every):
     shutil.rmtree(copy)
     shutil.copytree(folder / 'good', copy)
     dict(_faults(copy / '20', num_flips))[names[i]]()
-    step, is_right, said = _restore(copy)
+    step, is_right, warned = _restore(copy)
     assert is_right, names[i]
     if step == 10:
-      noticed += 1
-      assert len(said) == 1, names[i]
-      assert 'checkpoint 20 is damaged' in said[0]
+      detected += 1
+      assert len(warned) == 1, names[i]
+      assert 'checkpoint 20 is damaged' in warned[0]
       assert _names(copy / 'damaged') == ['20']
     else:
       assert step == 20, names[i]
-  return noticed, len(range(0, len(names), faults_every))
+  return detected, len(range(0, len(names), faults_every))
 
 
-def test_damage_is_noticed_and_the_step_before_serves(tmp_path):
-  noticed, tried = _check_faults(tmp_path, faults_every=13, num_flips=100)
-  assert noticed == tried > 10
+def test_damage_is_detected_and_the_previous_step_restored(tmp_path):
+  detected, tried = _check_faults(tmp_path, faults_every=13, num_flips=100)
+  assert detected == tried > 10
 
 
 @pytest.mark.slow
-def test_all_damage_is_noticed(tmp_path):
-  noticed, tried = _check_faults(tmp_path, faults_every=1, num_flips=200)
-  print(f'{noticed} of {tried} faults noticed')
-  assert noticed == tried
+def test_all_damage_is_detected(tmp_path):
+  detected, tried = _check_faults(tmp_path, faults_every=1, num_flips=200)
+  print(f'{detected} of {tried} faults detected')
+  assert detected == tried
 
 
 def test_a_step_without_its_manifest_is_unfinished(tmp_path):
   _save(tmp_path, 3, 4)
   (tmp_path / '4' / 'manifest.json').unlink()
   (tmp_path / '5.part').mkdir()
-  step, is_right, said = _restore(tmp_path)
+  step, is_right, warned = _restore(tmp_path)
   assert (step, is_right) == (3, True)
-  assert 'checkpoint 4 is damaged (unfinished' in said[0]
+  assert 'checkpoint 4 is damaged (unfinished' in warned[0]
   assert _names(tmp_path) == ['3', 'damaged']
 
 
-def test_with_all_steps_damaged_there_is_none(tmp_path):
+def test_latest_step_is_none_if_all_are_damaged(tmp_path):
   _save(tmp_path, 3, 4)
   for step in ('3', '4'):
     (tmp_path / step / 'manifest.json').write_text('{}')
-  step, _, said = _restore(tmp_path)
+  step, _, warned = _restore(tmp_path)
   assert step is None
-  assert len(said) == 2
+  assert len(warned) == 2
   assert _names(tmp_path / 'damaged') == ['3', '4']
 
 
@@ -156,7 +156,7 @@ def test_a_reader_moves_nothing(tmp_path):
   _save(tmp_path, 3, 4)
   (tmp_path / '4' / 'manifest.json').unlink()
   (tmp_path / '5.part').mkdir()
-  said = []
-  assert Checkpoints(tmp_path, warn=said.append).latest_step() == 3
-  assert len(said) == 1
+  warned = []
+  assert Checkpoints(tmp_path, warn=warned.append).latest_step() == 3
+  assert len(warned) == 1
   assert _names(tmp_path) == ['3', '4', '5.part']

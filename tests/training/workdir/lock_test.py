@@ -1,4 +1,4 @@
-"""Two processes, one workdir: the second is refused, the dead are not."""
+"""The workdir lock: refuses a second process; leftover files do not lock."""
 
 import os
 import signal
@@ -17,12 +17,13 @@ with lock.held(pathlib.Path(sys.argv[1])):
 """
 
 
-def test_the_second_is_told_who_holds_it(tmp_path, python):
+def test_the_error_names_the_holder(tmp_path, python):
   holder = python('-c', _HOLD, tmp_path)
   assert holder.stdout.readline() == 'held\n'
   with (
     pytest.raises(
-      lock.Locked, match=f'process {holder.pid} on {socket.gethostname()} runs'
+      lock.Locked,
+      match=f'process {holder.pid} on {socket.gethostname()} is running here',
     ),
     lock.held(tmp_path),
   ):
@@ -33,7 +34,7 @@ def test_the_second_is_told_who_holds_it(tmp_path, python):
     assert str(os.getpid()) in (tmp_path / 'lock').read_text()
 
 
-def test_a_lock_of_the_dead_is_taken_over(tmp_path):
+def test_a_leftover_lock_file_does_not_lock(tmp_path):
   (tmp_path / 'lock').write_text('{"host": "elsewhere", "process": 1}')
   with lock.held(tmp_path):
     assert str(os.getpid()) in (tmp_path / 'lock').read_text()
