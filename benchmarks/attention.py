@@ -221,7 +221,9 @@ def add_rows(table, work, is_gradient, times, memory, base):
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument(
     'works', nargs='*', metavar='WORKLOAD', help=', '.join(_ALL)
   )

@@ -75,6 +75,8 @@ def measure(rounds: int) -> None:
 
 
 if __name__ == '__main__':
-  parser = argparse.ArgumentParser(description=__doc__)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument('--rounds', type=int, default=10)
   measure(parser.parse_args().rounds)

@@ -114,7 +114,9 @@ def describe_memory(compiled, batch_size, itemsize):
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument('--rounds', type=int, default=7)
   parser.add_argument('--batch_sizes', default='1,16')
   parser.add_argument(

@@ -147,7 +147,9 @@ def peer(task, config, network, forward):
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument('--rounds', type=int, default=15)
   parser.add_argument(
     '--steps', type=int, default=20, help='per round and peer'
