@@ -41,7 +41,7 @@ class Chunked(Implementation):
   def refusal(self, query, key, value, options: Options):
     del key, options
     if min(*query.shape, *value.shape) == 0:
-      return 'expected non-empty axes, got one of size 0'
+      return 'empty axes are not supported'
 
   def forward(self, query, key, value, options):
     return self._loop(query, key, options).forward(query, key, value, options)

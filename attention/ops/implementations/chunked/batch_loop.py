@@ -19,6 +19,11 @@ from attention.ops.implementations.base import (
   gradient_of_options,
   no_residuals,
 )
+from attention.ops.implementations.contractions import (
+  products,
+  sum_keys,
+  sum_queries,
+)
 from attention.ops.masks import LEAST, MASKED
 
 # Logits per chunk. On CPU, XLA fuses the forward pass into one kernel, which is
@@ -74,50 +79,6 @@ def _divisor(number, limit):
   )
 
 
-def _products(query, key):
-  """[r, q, h, c], [r, k, g, c] → [r, h, q, k] float32."""
-  r, q, h, c = query.shape
-  k, g = key.shape[1:3]
-  if g == h:
-    return jnp.einsum(
-      'rqhc,rkhc->rhqk', query, key, preferred_element_type=jnp.float32
-    )
-  return jnp.einsum(
-    'rqgpc,rkgc->rgpqk',
-    query.reshape(r, q, g, -1, c),
-    key,
-    preferred_element_type=jnp.float32,
-  ).reshape(r, h, q, k)
-
-
-def _sum_keys(weights, value):
-  """[r, h, q, k], [r, k, g, c] → [r, h, q, c] float32."""
-  r, h, q, k = weights.shape
-  g, c = value.shape[2:]
-  weights = weights.astype(value.dtype)
-  if g == h:
-    return jnp.einsum(
-      'rhqk,rkhc->rhqc', weights, value, preferred_element_type=jnp.float32
-    )
-  return jnp.einsum(
-    'rgpqk,rkgc->rgpqc',
-    weights.reshape(r, g, -1, q, k),
-    value,
-    preferred_element_type=jnp.float32,
-  ).reshape(r, h, q, c)
-
-
-def _sum_queries(weights, x, groups):
-  """[r, h, q, k], [r, q, h, c] → [r, k, g, c] float32."""
-  r, h, q, k = weights.shape
-  return jnp.einsum(
-    'rgpqk,rqgpc->rkgc',
-    weights.reshape(r, groups, -1, q, k).astype(x.dtype),
-    x.reshape(r, q, groups, h // groups, -1),
-    preferred_element_type=jnp.float32,
-  )
-
-
 def _softmax(options, batch, row, query, key):
   """Compute the softmax up to, but not including, its division.
 
@@ -131,9 +92,9 @@ def _softmax(options, batch, row, query, key):
   r, q = query.shape[:2]
   k = key.shape[1]
   if query.dtype == jnp.float32:
-    x = _products(query * options.scale, key)  # cheaper: it has fewer entries
+    x = products(query * options.scale, key)  # cheaper: it has fewer entries
   else:  # scaling the query in half precision would lose bits
-    x = _products(query, key) * options.scale
+    x = products(query, key) * options.scale
   if options.logit_cap is not None:
     x = options.logit_cap * jnp.tanh(x / options.logit_cap)
   logits = x
@@ -165,7 +126,7 @@ def _row_step(options, batch, row, query, key, value):
   exp, total, _, _ = _softmax(options, batch, row, query, key)
   if options.dropout is not None:
     exp = exp * _dropout_factor(options, row, exp.shape)
-  output = _sum_keys(exp, value) / total[..., None]
+  output = sum_keys(exp, value) / total[..., None]
   return output.swapaxes(1, 2).astype(query.dtype)
 
 
@@ -188,21 +149,21 @@ def _row_gradients(options, batch, row, query, key, value, d_output):
   if options.dropout is not None:
     factor = _dropout_factor(options, row, exp.shape)
     used = exp * factor
-  d_weights = _products(d_output, value)
+  d_weights = products(d_output, value)
   if options.dropout is not None:
     d_weights = d_weights * factor
   if key.shape[1] < _MANY_KEYS:
     delta = (exp * d_weights).sum(-1) * inverse
   else:  # equal, from the smaller output (Dao et al. 2022)
-    output = _sum_keys(used, value).swapaxes(1, 2) * _per_query(inverse)
+    output = sum_keys(used, value).swapaxes(1, 2) * _per_query(inverse)
     delta = (d_output * output).sum(-1).swapaxes(1, 2)
   d_logits = exp * (d_weights - delta[..., None])
   d_products = d_logits = lax.optimization_barrier(d_logits)
   if options.logit_cap is not None:
     d_products = d_logits * (1 - jnp.square(x / options.logit_cap))
-  d_value = _sum_queries(used, d_output, groups)
-  d_query = _sum_keys(d_products, key).swapaxes(1, 2) * options.scale
-  d_key = _sum_queries(d_products, query, groups) * options.scale
+  d_value = sum_queries(used, d_output, groups)
+  d_query = sum_keys(d_products, key).swapaxes(1, 2) * options.scale
+  d_key = sum_queries(d_products, query, groups) * options.scale
   grads = [
     g.astype(like.dtype)
     for g, like in ((d_query, query), (d_key, key), (d_value, value))

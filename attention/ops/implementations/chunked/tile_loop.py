@@ -132,7 +132,11 @@ def _take_keys(plan, start, *arrays):
 
 
 def _products(query, key):
-  """[r, g, p, q, c], [r, g, k, c] → [r, g, p, q, k] float32."""
+  """[r, g, p, q, c], [r, g, k, c] → [r, g, p, q, k] float32.
+
+  Tiles have heads beside the batch, so that a product reads contiguous rows;
+  `contractions.products` would transpose every tile.
+  """
   r, g, p, q, c = query.shape
   x = jnp.einsum(
     'rgqc,rgkc->rgqk',
