@@ -1,4 +1,4 @@
-"""The Evoformer: blocks of rows, stacks, dtypes, masks and memory."""
+"""Tests of the Evoformer: row blocks, stacks, dtypes, masks and memory."""
 
 import haiku as hk
 import jax
@@ -20,7 +20,7 @@ _SMALL = dict(
 )
 _MSA = ((S, N, A), (S, N))
 _PAIR = ((N, N, Z), (N, N))
-# name: (class, fields, shapes of activations and mask)
+# name: (class, fields, (shape of activations, shape of mask))
 LAYERS = {
   'row': (evoformer.MSARowAttentionWithPairBias, {'num_head': 2}, _MSA),
   'column': (evoformer.MSAColumnAttention, {'num_head': 2}, _MSA),
@@ -66,13 +66,13 @@ def _mask(shape):
 
 
 def _jit(function, **arguments):
-  # Optimised code would take longer to make than to run.
+  # Optimising would take longer than running the unoptimised program.
   options = {'xla_backend_optimization_level': 0}
   return jax.jit(function, compiler_options=options, **arguments)
 
 
 def _params(model, *inputs):
-  """Parameters with no zeros in them."""
+  """Random parameters, none of them zero."""
   rng = np.random.default_rng(0)
   shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)
   return jax.tree.map(
@@ -81,7 +81,7 @@ def _params(model, *inputs):
 
 
 def _run(layer, arrays):
-  """A layer's output, and gradients of its parameters and activations."""
+  """A layer's output and the gradients of its parameters and activations."""
   kind, fields, (shape, mask_shape) = LAYERS[layer]
   act, pair = arrays(shape, (N, N, Z))
   more = (pair,) if layer == 'row' else ()
@@ -103,15 +103,18 @@ def _run(layer, arrays):
 
 
 @pytest.mark.parametrize('layer', LAYERS)
-def test_rows_in_blocks_are_rows_at_once(
+def test_blocks_of_rows_match_all_rows_at_once(
   layer, arrays, assert_close, monkeypatch
 ):
   expected = jax.tree.leaves(_run(layer, arrays))
-  monkeypatch.setattr(mapping, '_POSITIONS', 2 * N)  # two rows, ragged
+  monkeypatch.setattr(
+    mapping, '_POSITIONS', 2 * N
+  )  # two rows a block, with a ragged end
   actual = jax.tree.leaves(_run(layer, arrays))
   largest = max(float(np.abs(x).max()) for x in expected)
   for one, two in zip(actual, expected, strict=True):
-    # On one scale: what is alike for all keys has no gradient but rounding.
+    # Compare on one scale: terms constant over keys have zero gradients, so
+    # only rounding remains.
     assert_close(one / largest + 1, two / largest + 1)
 
 
@@ -128,7 +131,7 @@ def _inputs(arrays, dtype=jnp.float32):
 
 
 @pytest.mark.parametrize('is_extra_msa', [False, True])
-def test_a_stack_is_its_blocks_in_turn(is_extra_msa, arrays, assert_close):
+def test_stack_equals_sequential_blocks(is_extra_msa, arrays, assert_close):
   inputs = _inputs(arrays)
   fields = dict(is_extra_msa=is_extra_msa, name='block')
   stack = _stack(evoformer.EvoformerStack, num_blocks=2, **fields)
@@ -150,14 +153,14 @@ def test_a_stack_is_its_blocks_in_turn(is_extra_msa, arrays, assert_close):
 
 
 @pytest.mark.slow
-def test_blocks_start_differently(arrays):
+def test_blocks_are_initialised_independently(arrays):
   stack = _stack(evoformer.EvoformerStack, num_blocks=2, name='x')
   params = jax.jit(stack.init)(jax.random.key(0), *_inputs(arrays))
   layer = params['x/msa_transition/transition1']['weights']
   assert (layer[0] != layer[1]).any()
 
 
-def test_a_deep_stack_is_no_longer_a_program(arrays):
+def test_program_size_is_independent_of_depth(arrays):
   inputs = _inputs(arrays)
 
   def length(num_blocks):
@@ -172,7 +175,7 @@ def test_a_deep_stack_is_no_longer_a_program(arrays):
   assert length(48) == length(2)
 
 
-def test_bfloat16_is_near_float32_and_nothing_seen_is_finite(
+def test_bfloat16_matches_float32_and_masked_rows_are_finite(
   arrays, assert_close
 ):
   msa, pair, msa_mask, pair_mask = _inputs(arrays)
@@ -196,7 +199,7 @@ def test_bfloat16_is_near_float32_and_nothing_seen_is_finite(
     assert np.isfinite(grad.astype(jnp.float32)).all()
 
 
-def test_training_drops_along_rows_and_columns(arrays):
+def test_dropout_depends_on_the_key_in_training_only(arrays):
   inputs = _inputs(arrays)
   fields = dict(msa_dropout_rate=0.5, pair_dropout_rate=0.5)
   stack = _stack(evoformer.EvoformerStack, num_blocks=2, **fields)
@@ -213,7 +216,7 @@ def test_training_drops_along_rows_and_columns(arrays):
 
 
 def _memory(model, num_seq, num_res, is_gradient):
-  """MiB of temporaries, at AlphaFold's widths."""
+  """MiB of temporary buffers at AlphaFold's widths."""
   act = (
     jax.ShapeDtypeStruct((num_seq, num_res, 256), jnp.float32),
     jax.ShapeDtypeStruct((num_res, num_res, 128), jnp.float32),
@@ -236,14 +239,14 @@ def _memory(model, num_seq, num_res, is_gradient):
   return memory.temp_size_in_bytes / 2**20
 
 
-def test_a_block_takes_little_memory():
+def test_block_memory_is_bounded():
   block = hk.transform(lambda *x: evoformer.EvoformerBlock(zero_init=False)(*x))
   assert _memory(block, 128, 128, is_gradient=False) <= 80
   assert _memory(block, 128, 128, is_gradient=True) <= 240
 
 
 @pytest.mark.slow
-def test_a_deep_stack_keeps_the_blocks_inputs_only():
+def test_stack_stores_only_block_inputs():
   def memory(num_blocks):
     stack = hk.transform(
       lambda *x: evoformer.EvoformerStack(num_blocks=num_blocks)(*x)
@@ -266,7 +269,7 @@ def test_a_deep_stack_keeps_the_blocks_inputs_only():
     ((S, N, 9), np.ones((S, N), bool), 'num_head: expected a divisor'),
   ],
 )
-def test_bad_input_is_named(act, mask, message):
+def test_invalid_inputs_raise(act, mask, message):
   block = _stack(evoformer.EvoformerBlock)
   with pytest.raises(ValueError, match=message):
     block.init(
@@ -275,7 +278,7 @@ def test_bad_input_is_named(act, mask, message):
 
 
 @pytest.mark.parametrize('field', ['msa_dropout_rate', 'pair_dropout_rate'])
-def test_rates_that_cannot_be_are_refused(field, arrays):
+def test_dropout_rates_out_of_range_raise(field, arrays):
   block = _stack(evoformer.EvoformerBlock, **{field: 1.5})
   with pytest.raises(ValueError, match=rf'{field}: expected \[0, 1\), got 1.5'):
     block.init(jax.random.key(0), *_inputs(arrays))
@@ -283,7 +286,7 @@ def test_rates_that_cannot_be_are_refused(field, arrays):
     evoformer.drop_shared(jax.random.key(0), 1.0, 0, jnp.ones((3, 5)))
 
 
-def test_an_unknown_orientation_is_named():
+def test_unknown_orientation_raises():
   model = hk.transform(
     lambda x: evoformer.TriangleAttention(orientation='per_diagonal')(
       x, _mask((N, N))

@@ -1,4 +1,4 @@
-"""The Evoformer (Jumper et al. 2021, Suppl. 1.6) under AlphaFold's names."""
+"""The Evoformer (Jumper et al. 2021, Suppl. 1.6), with AlphaFold's names."""
 
 from attention.modules.evoformer.layers import (
   MSAColumnAttention,

@@ -1,8 +1,9 @@
 """The layers of the Evoformer (Jumper et al. 2021, Suppl. 1.6).
 
-Letters: s rows of the alignment, i j residues, a c o channels. All layers work
-on some rows at a time and compute what lies inside them anew in the backward
-pass; `remat=False` keeps it instead.
+Shapes use s for rows of the alignment, i and j for residues, and a, c and o for
+channels. All layers process a few rows at a time and recompute their
+intermediate activations in the backward pass; `remat=False` stores them
+instead.
 """
 
 import dataclasses
@@ -18,20 +19,20 @@ from attention.ops.mapping import map_rows
 
 @dataclasses.dataclass(kw_only=True, eq=False)
 class _AxialAttention(hk.Module):
-  """What attention along an axis of [r, t, a] has, whatever the axis."""
+  """The base class of attention along either axis of [r, t, a]."""
 
   num_head: int = 8
-  key_size: int | None = None  # channels a head; width / num_head by default
+  key_size: int | None = None  # channels per head; width / num_head by default
   value_size: int | None = None
   gating: bool = True
-  zero_init: bool = True  # the update starts at 0
+  zero_init: bool = True  # initialise the update to 0
   implementation: str | None = None  # see dot_product_attention
   remat: bool = True
   name: str | None = None
 
   @hk.transparent
   def _attend(self, act, mask, query_norm, bias=None, *, axis, kind):
-    """Each row (or column, axis 1) attends to itself: [r, t, a] → [r, t, a]."""
+    """Self-attention within rows (or columns, axis 1) of [r, t, a]."""
     attention = kind(
       num_head=self.num_head,
       key_size=self.key_size,
@@ -64,7 +65,7 @@ class _AxialAttention(hk.Module):
 
   @hk.transparent
   def _pair_bias(self, norm, pair_act, axis=0):
-    """norm(pairs) feat_2d_weights: [q, k, a] → [h, q, k] float32.
+    """Project normalised pairs to a bias: [q, k, a] → [h, q, k] float32.
 
     With axis 1 the pairs are [k, q, a].
     """
@@ -90,18 +91,18 @@ class MSARowAttentionWithPairBias(_AxialAttention):
   """
 
   def __call__(self, msa_act, msa_mask, pair_act):
-    """The update of the alignment.
+    """Compute the update of the alignment.
 
     Args:
-      msa_act: [s, i, a].
+      msa_act: activations of the alignment [s, i, a].
       msa_mask: boolean [s, i].
-      pair_act: [i, i, a'].
+      pair_act: pair activations [i, i, a'].
 
     Returns:
       [s, i, a] in the dtype of `msa_act`.
 
     Raises:
-      ValueError: shapes that don't fit, a mask that isn't boolean.
+      ValueError: If the shapes are incompatible or the mask is not boolean.
     """
     msa_mask = _check(msa_act, msa_mask, 'msa_act', 'msa_mask')
     query_norm = bind_layer_norm('query_norm', msa_act)
@@ -120,7 +121,7 @@ class MSAColumnAttention(_AxialAttention):
   """
 
   def __call__(self, msa_act, msa_mask):
-    """The update of the alignment: as `MSARowAttentionWithPairBias`."""
+    """Compute the update; see `MSARowAttentionWithPairBias`."""
     msa_mask = _check(msa_act, msa_mask, 'msa_act', 'msa_mask')
     query_norm = bind_layer_norm('query_norm', msa_act)
     return self._attend(
@@ -136,9 +137,9 @@ class MSAColumnGlobalAttention(_AxialAttention):
   """
 
   def __call__(self, msa_act, msa_mask):
-    """The update of the alignment: as `MSARowAttentionWithPairBias`.
+    """Compute the update; see `MSARowAttentionWithPairBias`.
 
-    Without gating it is the same for all rows: [1, i, a].
+    Without gating, the update is the same for all rows and has shape [1, i, a].
     """
     msa_mask = _check(msa_act, msa_mask, 'msa_act', 'msa_mask')
     query_norm = bind_layer_norm('query_norm', msa_act)
@@ -149,28 +150,28 @@ class MSAColumnGlobalAttention(_AxialAttention):
 
 @dataclasses.dataclass(kw_only=True, eq=False)
 class TriangleAttention(_AxialAttention):
-  """Attention of pairs around a node (Suppl. Alg. 13 and 14).
+  """Triangle attention around a node (Suppl. Alg. 13 and 14).
 
   Parameters: `query_norm`, `feat_2d_weights` (a, h), `attention` (see
   `GatedAttention`).
   """
 
-  orientation: str = 'per_row'  # starting node; 'per_column': ending node
+  orientation: str = 'per_row'  # starting node; 'per_column' for ending node
   num_head: int = 4
 
   def __call__(self, pair_act, pair_mask):
-    """The update of the pairs.
+    """Compute the update of the pairs.
 
     Args:
-      pair_act: [i, i, a].
+      pair_act: pair activations [i, i, a].
       pair_mask: boolean [i, i].
 
     Returns:
       [i, i, a] in the dtype of `pair_act`.
 
     Raises:
-      ValueError: shapes that don't fit, a mask that isn't boolean, an unknown
-        orientation.
+      ValueError: If the shapes are incompatible, the mask is not boolean, or
+        the orientation is unknown.
     """
     pair_mask = _check(pair_act, pair_mask, 'pair_act', 'pair_mask')
     if self.orientation not in ('per_row', 'per_column'):
@@ -188,18 +189,18 @@ class TriangleAttention(_AxialAttention):
 
 @dataclasses.dataclass(kw_only=True, eq=False)
 class Transition(hk.Module):
-  """Two layers on each position, with ReLU between (Suppl. Alg. 9 and 15).
+  """A position-wise two-layer MLP with ReLU (Suppl. Alg. 9 and 15).
 
   Parameters: `input_layer_norm`, `transition1`, `transition2`.
   """
 
   num_intermediate_factor: int | float = 4  # hidden width / width
-  zero_init: bool = True  # the update starts at 0
+  zero_init: bool = True  # initialise the update to 0
   remat: bool = True
   name: str | None = None
 
   def __call__(self, act, mask=None):
-    """The update: [s, i, a] → [s, i, a]. As AlphaFold's it ignores the mask."""
+    """Compute the update [s, i, a]. Like AlphaFold's, it ignores the mask."""
     del mask
     width = act.shape[-1]
     hidden = int(width * self.num_intermediate_factor)
@@ -208,7 +209,9 @@ class Transition(hk.Module):
       bind_linear('transition1', hidden, act, scale=2.0),
     )
     wide = jax.ShapeDtypeStruct((hidden,), act.dtype)
-    layers += (bind_linear('transition2', width, wide, scale=_final(self)),)
+    layers += (
+      bind_linear('transition2', width, wide, scale=_final_scale(self)),
+    )
 
     def rows(layers, x):
       norm, expand, contract = layers
@@ -219,30 +222,30 @@ class Transition(hk.Module):
 
 @dataclasses.dataclass(kw_only=True, eq=False)
 class OuterProductMean(hk.Module):
-  """Pairs out of the alignment: mean outer products (Suppl. Alg. 10).
+  """Mean outer products of alignment columns (Suppl. Alg. 10).
 
   Parameters: `layer_norm_input`, `left_projection`, `right_projection`,
   `output_w` (c, c, o), `output_b` (o).
   """
 
-  output_size: int  # width of the pairs
-  num_outer_channel: int = 32  # channels before the outer product
-  zero_init: bool = True  # the update starts at 0
+  output_size: int  # width of the pair activations
+  num_outer_channel: int = 32  # width of each factor of the outer product
+  zero_init: bool = True  # initialise the update to 0
   remat: bool = True
   name: str | None = None
 
   def __call__(self, act, mask):
-    """The update of the pairs.
+    """Compute the update of the pairs.
 
     Args:
-      act: [s, i, a].
+      act: activations of the alignment [s, i, a].
       mask: boolean [s, i].
 
     Returns:
       [i, i, o] in the dtype of `act`.
 
     Raises:
-      ValueError: shapes that don't fit, a mask that isn't boolean.
+      ValueError: If the shapes are incompatible or the mask is not boolean.
     """
     mask = _check(act, mask, 'act', 'mask')
     c, o = self.num_outer_channel, self.output_size
@@ -274,44 +277,44 @@ class OuterProductMean(hk.Module):
     shared = (right, w.astype(act.dtype), b.astype(act.dtype))
     left = jnp.swapaxes(left, 0, 1)
     products = map_rows(rows, shared, left, is_whole=not self.remat)
-    seen = mask.astype(jnp.float32)
-    number = jnp.einsum('si,sj->ij', seen, seen)[..., None]
-    return (products / (1e-3 + number)).astype(act.dtype)
+    valid = mask.astype(jnp.float32)
+    count = jnp.einsum('si,sj->ij', valid, valid)[..., None]
+    return (products / (1e-3 + count)).astype(act.dtype)
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
 class TriangleMultiplication(hk.Module):
-  """Sums over the third corner of triangles (Suppl. Alg. 11 and 12).
+  """A multiplicative update summed over third nodes (Suppl. Alg. 11 and 12).
 
   Parameters: `layer_norm_input`, `{left,right}_{projection,gate}`,
-  `center_layer_norm`, `output_projection`, `gating_linear`; with
-  `fuse_projection_weights`, `left_norm_input`, `projection` and `gate`, whose
-  outputs are [left | right], `center_norm`, `output_projection` and
+  `center_layer_norm`, `output_projection` and `gating_linear`. With
+  `fuse_projection_weights` they are `left_norm_input`, `projection` and `gate`
+  (each with outputs [left | right]), `center_norm`, `output_projection` and
   `gating_linear`.
   """
 
-  equation: str = 'ikc,jkc->ijc'  # outgoing; 'kjc,kic->ijc': incoming edges
+  equation: str = 'ikc,jkc->ijc'  # outgoing edges; 'kjc,kic->ijc' for incoming
   num_intermediate_channel: int = 128
   fuse_projection_weights: bool = False
-  zero_init: bool = True  # the update starts at 0
+  zero_init: bool = True  # initialise the update to 0
   remat: bool = True
   name: str | None = None
 
   def __call__(self, left_act, left_mask):
-    """The update of the pairs.
+    """Compute the update of the pairs.
 
     Args:
-      left_act: [i, i, a].
+      left_act: pair activations [i, i, a].
       left_mask: boolean [i, i].
 
     Returns:
       [i, i, a] in the dtype of `left_act`.
 
     Raises:
-      ValueError: shapes that don't fit, a mask that isn't boolean.
+      ValueError: If the shapes are incompatible or the mask is not boolean.
     """
     left_mask = _check(left_act, left_mask, 'left_act', 'left_mask')
-    size, final = self.num_intermediate_channel, _final(self)
+    size, final = self.num_intermediate_channel, _final_scale(self)
     is_fused = self.fuse_projection_weights
     input_norm = bind_layer_norm(
       'left_norm_input' if is_fused else 'layer_norm_input', left_act
@@ -362,12 +365,12 @@ class TriangleMultiplication(hk.Module):
     return map_rows(rows, layers, products, left_act, is_whole=not self.remat)
 
 
-def _final(module):
+def _final_scale(module):
   return 0.0 if module.zero_init else 1.0
 
 
 def _check(act, mask, act_name, mask_name):
-  """The mask as an array."""
+  """Validate the mask against `act` and return it as an array."""
   mask = jnp.asarray(mask)
   if act.ndim != 3:
     raise ValueError(
@@ -375,12 +378,12 @@ def _check(act, mask, act_name, mask_name):
     )
   if mask.dtype != bool:
     raise ValueError(
-      f'{mask_name}: expected booleans (True = there), got {mask.dtype}; '
+      f'{mask_name}: expected booleans (True = valid), got {mask.dtype}; '
       f'compare: {mask_name} != 0'
     )
   if mask.shape != act.shape[:2]:
     raise ValueError(
-      f'{mask_name}: expected shape {act.shape[:2]}, as {act_name} has, '
+      f'{mask_name}: expected shape {act.shape[:2]} to match {act_name}, '
       f'got {mask.shape}'
     )
   return mask

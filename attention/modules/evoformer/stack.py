@@ -1,6 +1,6 @@
-"""The Evoformer's block and stack (Jumper et al. 2021, Suppl. Alg. 6).
+"""The Evoformer block and stack (Jumper et al. 2021, Suppl. Alg. 6).
 
-Parameters have AlphaFold's names, so its checkpoints load; see
+Parameters have AlphaFold's names, so its published weights can be loaded; see
 `attention.interop.alphafold`.
 """
 
@@ -24,24 +24,24 @@ from attention.ops.dropout import check_rate
 
 @dataclasses.dataclass(kw_only=True, eq=False)
 class EvoformerBlock(hk.Module):
-  """One block: the alignment's layers, then the pairs', each a residual update.
+  """An Evoformer block: residual updates of the alignment, then of the pairs.
 
-  The defaults are AlphaFold's, for an alignment of width 256 and pairs of 128.
+  The defaults are AlphaFold's, for alignment width 256 and pair width 128.
   """
 
   num_msa_head: int = 8
   num_pair_head: int = 4
-  num_outer_channel: int = 32  # of the outer product mean
-  num_intermediate_channel: int = 128  # of triangle multiplication
-  num_intermediate_factor: int | float = 4  # of transitions
-  is_extra_msa: bool = False  # global attention along columns
-  outer_first: bool = False  # outer product mean before all else (multimer)
-  fuse_projection_weights: bool = False  # of triangle multiplication (multimer)
-  msa_dropout_rate: float = 0.15  # shared by rows
-  pair_dropout_rate: float = 0.25  # shared by rows, or columns
-  zero_init: bool = True  # all updates start at 0
+  num_outer_channel: int = 32  # in the outer product mean
+  num_intermediate_channel: int = 128  # in triangle multiplication
+  num_intermediate_factor: int | float = 4  # hidden width / width (transitions)
+  is_extra_msa: bool = False  # use global attention along columns
+  outer_first: bool = False  # outer product mean comes first (multimer)
+  fuse_projection_weights: bool = False  # in triangle products (multimer)
+  msa_dropout_rate: float = 0.15  # one mask for all rows
+  pair_dropout_rate: float = 0.25  # one mask for all rows, or columns
+  zero_init: bool = True  # initialise all updates to 0
   implementation: str | None = None  # see dot_product_attention
-  remat: bool = True  # recompute in the backward pass, for memory's sake
+  remat: bool = True  # recompute in the backward pass to save memory
   name: str | None = None
 
   def __call__(
@@ -53,27 +53,28 @@ class EvoformerBlock(hk.Module):
     *,
     is_training: bool = False,
   ):
-    """One block.
+    """Apply the block.
 
     Args:
-      msa_act: [s, i, a] float32, bfloat16 or float16.
-      pair_act: [i, i, a'].
-      msa_mask: boolean [s, i], True = there; all by default.
-      pair_mask: boolean [i, i].
-      is_training: whether to drop, which takes keys from Haiku's.
+      msa_act: activations of the alignment [s, i, a], float32, bfloat16 or
+        float16.
+      pair_act: pair activations [i, i, a'].
+      msa_mask: boolean [s, i], True = valid; all True by default.
+      pair_mask: boolean [i, i]; all True by default.
+      is_training: whether to apply dropout, which uses Haiku's RNG.
 
     Returns:
-      msa_act and pair_act, updated: same shapes, same dtypes.
+      The updated `msa_act` and `pair_act`, with unchanged shapes and dtypes.
 
     Raises:
-      ValueError: shapes that don't fit, masks that aren't boolean, rates
-        outside [0, 1).
+      ValueError: If the shapes are incompatible, a mask is not boolean, or a
+        dropout rate is outside [0, 1).
     """
     return self.update(msa_act, pair_act, msa_mask, pair_mask, is_training)
 
   @hk.transparent
   def update(self, msa_act, pair_act, msa_mask, pair_mask, is_training):
-    """`__call__`, its layers named as if they were the caller's."""
+    """Apply the block with its layers in the caller's name scope."""
     for field in ('msa_dropout_rate', 'pair_dropout_rate'):
       check_rate(getattr(self, field), field)
     if msa_mask is None:
@@ -157,10 +158,10 @@ class EvoformerBlock(hk.Module):
 
 @dataclasses.dataclass(kw_only=True, eq=False)
 class EvoformerStack(EvoformerBlock):
-  """Blocks one after another, compiled once, whatever their number.
+  """A stack of Evoformer blocks, compiled once regardless of depth.
 
-  Parameters are those of `EvoformerBlock` with a leading axis of blocks. With
-  `remat` only the inputs of each block are kept for the backward pass.
+  Parameters are those of `EvoformerBlock` with a leading block axis. With
+  `remat`, only the inputs of each block are stored for the backward pass.
   """
 
   num_blocks: int = 48
@@ -174,21 +175,21 @@ class EvoformerStack(EvoformerBlock):
     *,
     is_training: bool = False,
   ):
-    """All blocks; see `EvoformerBlock`."""
+    """Apply all blocks; see `EvoformerBlock`."""
 
     block = hk.transform_with_state(
       lambda *act: self.update(*act, msa_mask, pair_mask, is_training)
     )
 
     def init(rngs, *act):
-      # Jitted, so that nothing is computed but parameters.
+      # Under jit, XLA removes everything but the parameters.
       return jax.jit(jax.vmap(block.init, (0, None, None)))(rngs, *act)
 
     def step(act, given):
       return block.apply(*given, *act)
 
-    # hk.layer_stack does the same, but puts a name of its own into the paths.
-    # There is no state but what interceptors leave.
+    # hk.layer_stack would add its own name to the parameter paths. Only
+    # interceptors create state.
     lifted, updater = hk.transparent_lift_with_state(init)
     act = (msa_act, pair_act)
     params, state = lifted(self._rngs(), *act)
@@ -205,21 +206,21 @@ class EvoformerStack(EvoformerBlock):
 def update_in_turn(
   layers, msa_act, pair_act, msa_mask, pair_mask, *, outer_first, drop
 ):
-  """Adds each layer's update, in the block's order.
+  """Add the updates of a block's layers in order.
 
   Args:
     layers: row attention, column attention, transition and outer product mean
-      of the alignment, then the pairs' layers in order; each called with
-      activations and mask.
+      of the alignment, then the pair layers in order. Each is called with
+      activations and a mask.
     msa_act: [s, i, a].
     pair_act: [i, i, a'].
     msa_mask: [s, i].
     pair_mask: [i, i].
-    outer_first: whether the outer product mean comes before the others.
-    drop: called with a layer and its update, gives what is added.
+    outer_first: whether the outer product mean precedes the other layers.
+    drop: a function (layer, update) -> update that applies dropout.
 
   Returns:
-    msa_act and pair_act, updated.
+    The updated `msa_act` and `pair_act`.
   """
   row, column, transition, outer, *pair_layers = layers
 
@@ -239,7 +240,7 @@ def update_in_turn(
 
 
 def drop_shared(rng, rate: float, axis: int | None, x):
-  """Drops entries of x with probability `rate`, the same all along `axis`."""
+  """Apply dropout to x, with one mask shared along `axis`."""
   check_rate(rate)
   shape = [1 if i == axis else n for i, n in enumerate(x.shape)]
   keep = jax.random.bernoulli(rng, 1 - rate, shape)
