@@ -1,4 +1,4 @@
-"""Kernels of `fused`, interpreted on a CPU, against the reference."""
+"""Compare the `fused` kernels, interpreted on a CPU, to the reference."""
 
 import dataclasses
 
@@ -19,7 +19,7 @@ from attention.ops.platforms import default_platform
 
 pytestmark = pytest.mark.usefixtures('exact_products')
 B, H, G, D, E = (2, 3), 4, 2, 8, 20
-# With queries and keys that fill several blocks, the last in part.
+# Queries and keys fill several blocks, the last one partly.
 KINDS = {
   'cuda': (Triton(), 37, 70),
   'tpu': (Tpu(most=128), 150, 290),
@@ -28,7 +28,7 @@ _TABLE = np.random.default_rng(0).normal(size=(8, H)).astype('f')
 
 
 def _cases(q, k):
-  """Arguments by name; shapes of biases and sinks stand for arrays."""
+  """Arguments by case name; biases and sinks are given as shapes."""
   rng = np.random.default_rng(0)
   lengths = np.array([[0, 4, k], [k // 2, 17, 3]])
   segments = [np.sort(rng.integers(0, 4, (*B, n))) for n in (q, k)]
@@ -50,7 +50,7 @@ def _cases(q, k):
     'bias_full': dict(bias=(*B, H, q, k)),
     'bias_some_rows': dict(bias=(2, 1, H, q, k)),
     'bias_other_rows': dict(bias=(1, 3, 1, 1, k)),
-    # Without sinks, no gradient: a softmax ignores what all keys have.
+    # Without sinks, a bias that is constant over keys has a zero gradient.
     'bias_queries': dict(bias=(1, 1, H, q, 1), sinks=(H,)),
     'bias_number': dict(bias=(1, 1, 1, 1, 1), sinks=(H,)),
     'alibi': dict(bias=biases.alibi(H), is_causal=True),
@@ -65,7 +65,7 @@ def _cases(q, k):
 
 
 CASES = tuple(_cases(2, 2))
-# Every mask and every bias, a pair in each program.
+# Every mask and every bias, paired to compile fewer programs.
 PAIRS = (
   'plain',
   'window+bias_full',
@@ -108,12 +108,12 @@ def _arguments(case, q, k, dtype='float32', d=D, e=E, batch=B):
 
 
 def _kernels(kind):
-  """Kernels of that platform, and how many queries and keys."""
+  """The kernels of a platform, and the numbers of queries and keys."""
   kernels, q, k = KINDS[kind]
-  here = default_platform()
-  if here not in ('cpu', kind):
-    pytest.skip(f'kernels for {kind!r}, where there is {here!r}')
-  return dataclasses.replace(kernels, interpret=here == 'cpu'), q, k
+  platform = default_platform()
+  if platform not in ('cpu', kind):
+    pytest.skip(f'{kind!r} kernels do not run on {platform!r}')
+  return dataclasses.replace(kernels, interpret=platform == 'cpu'), q, k
 
 
 def _gradients(attend, checked, cotangent):
@@ -134,13 +134,13 @@ def _run(attend, *arguments):
 
 @pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('case', [*PAIRS, *_ALONE])
-def test_values_and_gradients_are_the_references(case, kind, assert_close):
+def test_outputs_and_gradients_match_the_reference(case, kind, assert_close):
   kernels, q, k = _kernels(kind)
   arguments = _arguments(case, q, k)
   got = _run(kernels, *arguments)
   expected = _run(reference.attention, *arguments)
   assert len(got) == len(expected)
-  # A gradient that all queries and keys add up to is small beside its terms.
+  # A gradient accumulated over all keys is small next to its terms.
   scales = {'bias_queries': 10, 'bias_number': 100}
   scale = max(scales.get(part, 1) for part in case.split('+'))
   for x, y in zip(got, expected, strict=True):
@@ -168,25 +168,26 @@ def test_head_sizes_and_dtypes(kind, dtype, sizes, assert_close):
   ('changed', 'reason'),
   [
     (dict(dtype='float16'), 'expected float32 or bfloat16, got float16'),
-    (dict(q=1), '64 queries and keys or more'),
-    (dict(mask=Mask.lengths(None, np.ones(70_000, int))), '65536 numbers'),
+    (dict(q=1), 'at least 64 queries and keys'),
+    (dict(mask=Mask.lengths(None, np.ones(70_000, int))), '65536 scalars'),
     (dict(d=264), 'at most 256 channels'),
     (dict(), None),
   ],
 )
-def test_tpu_kernels_say_what_they_do_not_compute(changed, reason):
+def test_tpu_kernels_report_unsupported_arguments(changed, reason):
   options = dict(dtype='bfloat16', q=64, d=16, mask=None) | changed
   rows, dtype = 70_000, options['dtype']
   q = jax.ShapeDtypeStruct((rows, options['q'], 1, options['d']), dtype)
   k = jax.ShapeDtypeStruct((rows, 64, 1, options['d']), dtype)
-  told = attention.explain(
+  report = attention.explain(
     q, k, k, mask=options['mask'], platform='tpu', implementation='fused'
   )
-  assert told[0][1] == 'chosen' if reason is None else reason in told[0][1]
+  ((_, status),) = report
+  assert status == 'chosen' if reason is None else reason in status
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-def test_the_default_precision_is_that_of_float32_alone(dtype):
+def test_default_precision_affects_only_float32(dtype):
   x = jnp.ones((8, 8), dtype)
   with jax.default_matmul_precision('highest'):
     products = jax.make_jaxpr(lambda x: dot(x, x, (1, 1)))(x)
@@ -196,7 +197,7 @@ def test_the_default_precision_is_that_of_float32_alone(dtype):
 @pytest.mark.slow
 @pytest.mark.parametrize('platform', ['cuda', 'tpu'])
 @pytest.mark.parametrize('case', CASES)
-def test_values_and_gradients_lower_for_the_device(case, platform, a_gpu):
+def test_outputs_and_gradients_lower_for_the_device(case, platform, a_gpu):
   checked, cotangent = _arguments(case, 150, 290, 'bfloat16')
 
   def attend(*checked):

@@ -1,4 +1,4 @@
-"""Programs that XLA cuts for several devices."""
+"""Programs that XLA partitions over several devices."""
 
 import json
 import pathlib
@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-# Each case on one device, and cut for four: errors and collectives.
+# Runs each case on one device and partitioned over four, and reports the errors
+# and the compiled text.
 _COMPARE = """
 import json
 import jax
@@ -106,7 +107,7 @@ def results():
   return json.loads(done.stdout)
 
 
-def test_each_device_computes_its_rows_and_heads(results):
+def test_each_device_computes_its_own_rows_and_heads(results):
   for name, found in results.items():
     if name == 'dropout':
       continue
@@ -123,14 +124,14 @@ def test_operands_are_not_gathered(results):
   assert 'all-reduce' not in results['alibi']['text']
 
 
-def test_devices_drop_weights_of_their_own(results):
+def test_devices_have_different_dropout_patterns(results):
   assert abs(results['dropout']['share'] - 0.7) < 0.02
-  # Two draws of probability 0.7 agree in 0.58 of all places.
+  # Two independent draws with probability 0.7 agree in 0.58 of all places.
   assert abs(results['dropout']['alike'] - 0.58) < 0.03
 
 
-def test_no_kernel_is_cut_for_tpus(results):
-  # Their compiler can't be told how.
+def test_tpu_programs_do_not_partition_kernels(results):
+  # The TPU compiler has no hook to partition a kernel.
   assert 'dot_general' in results['tpu']['text']
   for call in ('tpu_custom_call', 'CustomSPMDPartitioning'):
     assert call not in results['tpu']['text']

@@ -1,13 +1,14 @@
-"""Attention in kernels: logits exist on the chip alone, forward and backward.
+"""Attention in Pallas kernels that keep the logits in on-chip memory.
 
-The softmax runs along blocks of keys (Dao et al. 2022); the backward pass
-recomputes the weights from the largest logit and the logarithm of the
-denominator: in one kernel for the query's gradient, one for key and value, and
-one for the bias. The last loops over the rows of the batch that share the bias
-and stores each sum once: no atomics, no array of the logits' size, the same
-bits in every run.
+The softmax is accumulated online over key blocks (Dao et al. 2022). The
+backward pass recomputes the attention weights from the largest logit and the
+logarithm of the denominator. It has one kernel for the gradient of the query,
+one for key and value, and one for the bias. The bias kernel loops over the
+batch rows that share a tile of the bias and stores each total once. It needs no
+atomics and no array of the logits' size, and its results are bitwise
+reproducible.
 
-Pallas is imported when a kernel is lowered, not before.
+Pallas is imported only when a kernel is lowered.
 """
 
 import dataclasses
@@ -21,38 +22,38 @@ import numpy as np
 
 from attention.ops.implementations.base import Implementation
 
-_LARGEST = 256  # channels a head
-_SHORTEST = 64  # queries and keys on a TPU
-_MOST_NUMBERS = 2**16  # of a mask, such as lengths, on a TPU: 256 KiB
+_MAX_CHANNELS = 256  # per head
+_MIN_LENGTH = 64  # queries and keys, on TPUs
+_MAX_SCALARS = 2**16  # in a mask, such as lengths, on TPUs: 256 KiB
 
 
-def _refusal(query, key, value, options):
-  """What no kernel computes."""
+def _common_refusal(query, key, value, options):
+  """Why neither platform's kernels support these arguments, or None."""
   if min(*query.shape, *value.shape) == 0:
-    return 'an axis without positions'
+    return 'empty axes are not supported'
   if options.vector is not None:
-    return 'additive similarity is no product'
+    return 'additive similarity is not supported'
   dtypes = query.dtype, key.dtype, value.dtype
   if len(set(dtypes)) > 1:
     names = ', '.join(map(str, dtypes))
-    return f'expected query, key and value of one dtype, got {names}'
+    return f'expected query, key and value of the same dtype, got {names}'
   largest = max(query.shape[-1], value.shape[-1])
   leaves = jax.tree.leaves((query, key, value, options))
   if max(map(np.size, leaves)) >= 2**31:
-    return 'an array of 2^31 numbers or more'
-  if largest > _LARGEST:
-    return f'expected at most {_LARGEST} channels a head, got {largest}'
+    return 'expected arrays of fewer than 2^31 elements'
+  if largest > _MAX_CHANNELS:
+    return f'expected at most {_MAX_CHANNELS} channels per head, got {largest}'
 
 
 @functools.cache
 def _has_backend(name):
-  """Whether this JAX has a back end of Pallas; without importing it."""
+  """Whether this JAX has a Pallas backend, without importing it."""
   folder = pathlib.Path(jax.__file__).parent / 'experimental' / 'pallas'
   return (folder / f'{name}.py').exists() or (folder / name).is_dir()
 
 
 class _Kernels(Implementation):
-  """Kernels, in a module that is imported when they are lowered."""
+  """Kernels in a submodule that is imported when they are lowered."""
 
   module: str
 
@@ -69,41 +70,41 @@ class _Kernels(Implementation):
 
 @dataclasses.dataclass(frozen=True)
 class Triton(_Kernels):
-  """Kernels for NVIDIA GPUs, Ampere and later: Pallas through Triton."""
+  """Pallas Triton kernels for NVIDIA GPUs, Ampere or later."""
 
   interpret: bool = False  # on a CPU, as plain JAX
   module = 'gpu'
 
   def refusal(self, query, key, value, options):
     if not _has_backend('triton'):
-      return f'JAX {jax.__version__} has no Pallas for Triton'
-    return _refusal(query, key, value, options)
+      return f'JAX {jax.__version__} has no Pallas Triton backend'
+    return _common_refusal(query, key, value, options)
 
 
 @dataclasses.dataclass(frozen=True)
 class Tpu(_Kernels):
-  """Kernels for TPUs: Pallas through Mosaic.
+  """Pallas Mosaic kernels for TPUs.
 
-  Biases by distance need a TPU v5 or later.
+  Relative position biases need TPU v5 or later.
   """
 
   interpret: bool = False  # on a CPU, as plain JAX
-  most: int = 512  # positions in a block
+  most: int = 512  # largest block, in positions
   module = 'tpu'
 
   def refusal(self, query, key, value, options):
     if query.dtype == jnp.float16:
       return 'expected float32 or bfloat16, got float16'
     lengths = query.shape[-3], key.shape[-3]
-    if min(lengths) < _SHORTEST:
+    if min(lengths) < _MIN_LENGTH:
       return (
-        f'expected {_SHORTEST} queries and keys or more, which tiles of 128 × '
-        f'128 pay for, got {lengths[0]} and {lengths[1]}'
+        f'expected at least {_MIN_LENGTH} queries and keys, got {lengths[0]} '
+        f'and {lengths[1]}; shorter inputs waste most of a 128 × 128 tile'
       )
-    numbers = 0 if options.mask is None else options.mask.numbers
-    if numbers > _MOST_NUMBERS:
+    scalars = 0 if options.mask is None else options.mask.numbers
+    if scalars > _MAX_SCALARS:
       return (
-        f'expected at most {_MOST_NUMBERS} numbers in a mask, as scalar memory '
-        f'holds, got {numbers}'
+        f'expected at most {_MAX_SCALARS} scalars in the mask, got {scalars}; '
+        'scalar memory holds no more'
       )
-    return _refusal(query, key, value, options)
+    return _common_refusal(query, key, value, options)

@@ -1,4 +1,4 @@
-"""Which tiles of the logits' gradient add up to one of the bias's."""
+"""Reductions of the logits' gradient to the gradient of a bias."""
 
 import dataclasses
 import math
@@ -6,7 +6,7 @@ import math
 import jax.numpy as jnp
 from jax import lax
 
-from attention.ops.implementations.fused.tile import both
+from attention.ops.implementations.fused.tile import combine
 from attention.ops.masks import Mask
 
 
@@ -15,7 +15,7 @@ def _diagonals(conditions):
 
 
 def _split(number, sizes):
-  """Digits of a number, the last of the sizes counting fastest."""
+  """Mixed-radix digits of a number; the last size varies fastest."""
   digits = []
   for size in reversed(sizes):
     digits.append(lax.rem(number, size))
@@ -24,37 +24,38 @@ def _split(number, sizes):
 
 
 @dataclasses.dataclass(frozen=True)
-class ArraySums:
-  """The gradient of an array [rows', h', q', k'].
+class ArrayReduction:
+  """The gradient of a bias array [rows', h', q', k'].
 
-  A program owns a tile of it and walks over rows and heads that share the tile;
-  along an axis of one position, over the blocks too.
+  Each program owns a tile of the gradient and loops over the batch rows and
+  heads that share it. If the array has size 1 along queries or keys, the
+  program also loops over the blocks of that axis.
   """
 
   shape: object
-  bias: object  # PerRow of shapes: `row` is asked of it
-  sizes: tuple  # of the array
-  queries: int  # in a block
+  bias: object  # PerRow without its array
+  sizes: tuple  # shape of the array
+  queries: int  # per block
   keys: int
   low: int | None  # static diagonals of the mask
   high: int | None
 
   @classmethod
   def create(cls, shape, bias, conditions, queries, keys):
-    """For a bias and a mask's conditions, in tiles of queries × keys."""
+    """Create it for a bias and mask conditions, in tiles of queries × keys."""
     sizes = bias.array.shape
     bias = dataclasses.replace(bias, array=None)
     return cls(shape, bias, sizes, queries, keys, *_diagonals(conditions))
 
   @property
   def _blocks(self):
-    """Blocks of (queries, keys) that there are."""
+    """The numbers of query blocks and key blocks."""
     shape = self.shape
     return -(-shape.num_query // self.queries), -(-shape.num_key // self.keys)
 
   @property
   def _shared(self):
-    """How many rows, heads, blocks of queries and of keys share a tile."""
+    """How many rows, heads, query blocks and key blocks share a tile."""
     _, heads, num_query, num_key = self.sizes
     query_blocks, key_blocks = self._blocks
     return (
@@ -84,34 +85,34 @@ class ArraySums:
     return self.sizes
 
   def count(self, place):
-    """Steps of a program: none where the mask leaves nothing of its tile."""
+    """Steps of a program: 0 if its tile is fully masked."""
     key_block, query_block, *_ = place
     if 1 in self.sizes[2:]:
       return self.steps
     first, key = query_block * self.queries, key_block * self.keys
-    is_seen = True
+    is_needed = True
     if self.low is not None:
-      is_seen &= key + self.keys - 1 - first >= self.low
+      is_needed &= key + self.keys - 1 - first >= self.low
     if self.high is not None:
-      is_seen &= key - (first + self.queries - 1) <= self.high
-    if is_seen is True:
+      is_needed &= key - (first + self.queries - 1) <= self.high
+    if is_needed is True:
       return self.steps
-    # No select of 1 or 0: Triton's would give a boolean.
-    return self.steps * is_seen.astype(jnp.int32)
+    # Multiply, because Triton turns a select of 1 or 0 into a boolean.
+    return self.steps * is_needed.astype(jnp.int32)
 
   def at(self, place, number):
-    """(row, head, block of queries, block of keys) of a step."""
+    """(row, head, query block, key block) of a step."""
     key_block, query_block, head, row = place
     share, shared_head, queries, keys = _split(number, self._shared)
     return (
-      self.bias.row(row, share),
+      self.bias.batch_row(row, share),
       head + shared_head,
       query_block + queries,
       key_block + keys,
     )
 
   def entries(self, place, total):
-    """(indices, mask or None) of a tile, and the tile summed as stored."""
+    """(indices, mask or None, values) for storing a program's tile."""
     key_block, query_block, head, row = place
     _, _, num_query, num_key = self.sizes
     mask, places = None, []
@@ -125,33 +126,34 @@ class ArraySums:
       else:
         positions = jnp.expand_dims(block * size + jnp.arange(size), 1 - axis)
         if length % size:
-          mask = both(mask, positions < length)
+          mask = combine(mask, positions < length)
       places.append(positions)
     return (row, head, *places), mask, total
 
   def finish(self, sums, bias):
-    """The bias's gradient from the summed output."""
+    """The bias's gradient, from the kernel's output."""
     return bias.finish_gradient(sums)
 
 
 @dataclasses.dataclass(frozen=True)
-class DistanceSums:
+class DistanceReduction:
   """The gradient of a bias by distance, [h', q + k - 1].
 
-  A program owns a diagonal of square tiles and walks along it, over all rows
-  and the heads that share the bias; the tile it sums is skewed afterwards.
+  Each program owns a diagonal of square tiles. It loops along the diagonal, the
+  batch rows and the heads that share the bias, and accumulates one tile.
+  `finish` reduces these tiles to distances.
   """
 
   shape: object
   heads: int  # h'
-  queries: int  # in a block, as many as keys
+  queries: int  # per block, equal to keys
   keys: int
   low: int | None
   high: int | None
 
   @classmethod
   def create(cls, shape, bias, conditions, queries, keys):
-    """For a bias and a mask's conditions, in square tiles."""
+    """Create it for a bias and mask conditions, in square tiles."""
     heads = bias.array.shape[0]
     return cls(shape, heads, queries, keys, *_diagonals(conditions))
 
@@ -177,7 +179,7 @@ class DistanceSums:
     return self.heads, self.grid[0], self.queries, self.keys
 
   def _diagonal(self, place):
-    """(offset of key blocks, first block of queries, how many)."""
+    """(key block - query block, first query block, number of blocks)."""
     query_blocks, key_blocks = self._blocks
     offset = place[0] - (query_blocks - 1)
     first = jnp.maximum(0, -offset)
@@ -185,7 +187,7 @@ class DistanceSums:
     return offset, first, last - first
 
   def count(self, place):
-    """Steps of a program: none where the mask leaves nothing of it."""
+    """Steps of a program: 0 if its diagonal is fully masked."""
     offset, _, along = self._diagonal(place)
     steps = math.prod(self._shared) * along
     if self.low is not None:
@@ -197,20 +199,20 @@ class DistanceSums:
     return steps
 
   def at(self, place, number):
-    """(row, head, block of queries, block of keys) of a step."""
+    """(row, head, query block, key block) of a step."""
     offset, first, along = self._diagonal(place)
     row, head, query = _split(number, (*self._shared, along))
     query = query + first
     return row, place[1] + head, query, query + offset
 
   def tile_of(self, row, head, query_block, key_block):
-    """(head, diagonal) of the tile that a step adds to."""
+    """(head, diagonal) of the tile that a step accumulates into."""
     del row
     diagonal = key_block - query_block + self._blocks[0] - 1
     return head if self.heads > 1 else 0, diagonal
 
   def entries(self, place, total):
-    """(indices, None) of the program's tile, and the tile."""
+    """(indices, None, values) for storing a program's tile."""
     queries = jnp.arange(self.queries)[:, None]
     return (
       (place[1], place[0], queries, jnp.arange(self.keys)[None]),
@@ -219,19 +221,19 @@ class DistanceSums:
     )
 
   def finish(self, sums, bias):
-    """The bias's gradient: tiles [h', diagonals, b, b], summed by distance."""
+    """The bias's gradient, from tiles [h', diagonals, block, block]."""
     heads, count, size, _ = sums.shape
-    # Entry (i, j) of a tile goes to j - i + size - 1, by a skew: rows of
-    # 2 · size entries, read as rows of one entry less.
+    # Skew each tile so that entry (i, j) moves to column j - i + size - 1: pad
+    # its rows to 2 · size entries and read them as rows of 2 · size - 1.
     sums = jnp.pad(sums[:, :, ::-1], ((0, 0), (0, 0), (0, 0), (0, size)))
     sums = sums.reshape(heads, count, -1)[..., : size * (2 * size - 1)]
     sums = sums.reshape(heads, count, size, 2 * size - 1).sum(2)
-    # Tiles beside each other share size - 1 distances.
+    # Neighbouring tiles share size - 1 distances.
     pad = ((0, 0), (0, 1), (0, 0))
     left = jnp.pad(sums[..., :size], pad)
     right = jnp.pad(sums[..., size:], ((0, 0), (1, 0), (0, 1)))
     line = (left + right).reshape(heads, -1)
-    # Its entry 0 is the distance of the first tile's last query, first key.
+    # Entry 0 is the distance from the first tile's last query to its first key.
     query_blocks, _ = self._blocks
     start = query_blocks * size - self.shape.num_query
     total = self.shape.num_query + self.shape.num_key - 1

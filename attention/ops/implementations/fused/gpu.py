@@ -1,8 +1,8 @@
-"""Kernels for NVIDIA GPUs, in Pallas through Triton.
+"""Pallas Triton kernels for NVIDIA GPUs.
 
-Each program computes a block of queries, or of keys, of one head and row of the
-batch, and loops over the blocks of the other that the mask leaves. Exponents
-are to base 2, as the hardware's are.
+Each program computes a query block, or a key block, of one head and batch row.
+It loops over the blocks of the other axis that are not fully masked.
+Exponentials and logarithms are base 2, as in hardware.
 """
 
 import dataclasses
@@ -18,14 +18,14 @@ from jax.experimental.pallas import triton
 from attention.ops.implementations.base import gradient_of_options
 from attention.ops.implementations.fused import operands
 from attention.ops.implementations.fused.bias_gradient import (
-  ArraySums,
-  DistanceSums,
+  ArrayReduction,
+  DistanceReduction,
 )
 from attention.ops.implementations.fused.gpu_tiles import (
   GpuTile,
   key_spans,
   load,
-  load_numbers,
+  load_scalars,
   query_spans,
   store,
 )
@@ -37,13 +37,13 @@ from attention.ops.implementations.fused.operands import (
 from attention.ops.implementations.fused.tile import dot
 from attention.ops.masks import LEAST
 
-_PROGRAMS = 256  # that a GPU should have at once: two on each multiprocessor
-_MOST_PARTS = 16  # of a bias's gradient
+_MIN_PROGRAMS = 256  # to fill a GPU: two per multiprocessor
+_MAX_PARTS = 16  # that a bias gradient is split into
 
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-  """How a kernel's work is cut, and how many threads share a program."""
+  """Block sizes of a kernel, and its warps and pipeline stages."""
 
   queries: int
   keys: int
@@ -52,27 +52,29 @@ class Blocks:
 
   @classmethod
   def choose(cls, shape: Shape, itemsize: int, is_forward: bool) -> 'Blocks':
-    """By the bytes of a head's channels, which shared memory has to hold."""
-    size = max(_power(shape.key_size), _power(shape.value_size)) * itemsize
+    """Choose sizes that fit in shared memory, by the bytes per head."""
+    size = (
+      max(_next_power(shape.key_size), _next_power(shape.value_size)) * itemsize
+    )
     if is_forward:
       sizes = {128: (128, 64, 4, 3), 256: (128, 64, 8, 2), 512: (64, 32, 4, 2)}
     else:
       sizes = {128: (64, 64, 4, 2), 256: (64, 64, 8, 2), 512: (32, 32, 4, 2)}
     fallback = (32, 32, 8, 1) if is_forward else (16, 32, 8, 1)
-    fits = [sizes[most] for most in sizes if size <= most]
+    fits = [sizes[limit] for limit in sizes if size <= limit]
     queries, keys, warps, stages = fits[0] if fits else fallback
-    queries = min(queries, _power(shape.num_query))
-    keys = min(keys, _power(shape.num_key))
+    queries = min(queries, _next_power(shape.num_query))
+    keys = min(keys, _next_power(shape.num_key))
     return cls(queries, keys, warps, stages)
 
 
-def _power(n):
-  """The least power of two from n on, at least 16: products need as much."""
+def _next_power(n):
+  """The least power of two >= n and >= 16, the smallest matmul size."""
   return max(16, 2 ** math.ceil(math.log2(n)))
 
 
 def forward(settings, query, key, value, options):
-  """(output, largest logit, logarithm of the sum beyond it), to base 2."""
+  """(output, largest logit, log of the denominator above it), both base 2."""
   shape, arrays = operands.prepare(query, key, value, options)
   blocks = Blocks.choose(shape, query.dtype.itemsize, is_forward=True)
   stats = jax.ShapeDtypeStruct(
@@ -96,11 +98,11 @@ def forward(settings, query, key, value, options):
 def backward(
   settings, query, key, value, options, output, top, log_total, d_output
 ):
-  """Gradients of query, key, value and call."""
+  """Gradients of query, key, value and options."""
   shape, arrays = operands.prepare(query, key, value, options)
   blocks = Blocks.choose(shape, query.dtype.itemsize, is_forward=False)
   flat = (shape.rows, shape.num_query, shape.heads)
-  # Each query's Σ weight · d_weight, from its output alone (Dao et al. 2022).
+  # Each query's Σ weight · d_weight, from its output (Dao et al. 2022).
   delta = (d_output.astype(jnp.float32) * output.astype(jnp.float32)).sum(-1)
   top, log_total, delta = (x.reshape(flat) for x in (top, log_total, delta))
   d_output = d_output.reshape(*flat, -1)
@@ -123,53 +125,59 @@ def backward(
 
 
 def _gradients(
-  shape, blocks, settings, arrays, kernel, axis, cut, heads, likes
+  shape, blocks, settings, arrays, kernel, axis, extent, heads, likes
 ):
-  """Gradients of the arrays in `likes`, by blocks of their positions."""
+  """Gradients of the arrays `likes`, with a program per block of positions."""
   limits = operands.limits(shape, arrays[3], blocks.queries, blocks.keys, axis)
   return _call(
     functools.partial(kernel, shape, blocks),
     settings,
     blocks,
-    (pl.cdiv(*cut), heads, shape.rows),
+    (pl.cdiv(*extent), heads, shape.rows),
     tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in likes),
     (*arrays, limits),
   )
 
 
 def _bias_gradient(settings, shape, blocks, options, arrays):
-  """The bias's gradient at its own size, or None."""
+  """The bias's gradient in the bias's shape, or None without a bias."""
   bias = arrays[3].bias
   if bias is None:
     return None
   if isinstance(bias, Distances):
     side = min(blocks.queries, blocks.keys)
-    sums = DistanceSums.create(shape, bias, arrays[3].conditions, side, side)
+    reduction = DistanceReduction.create(
+      shape, bias, arrays[3].conditions, side, side
+    )
   else:
-    sums = ArraySums.create(
+    reduction = ArrayReduction.create(
       shape, bias, arrays[3].conditions, blocks.queries, blocks.keys
     )
-  blocks = dataclasses.replace(blocks, queries=sums.queries, keys=sums.keys)
-  parts = min(sums.steps, _MOST_PARTS, -(-_PROGRAMS // math.prod(sums.grid)))
-  like = jax.ShapeDtypeStruct((parts, *sums.output_shape), jnp.float32)
+  blocks = dataclasses.replace(
+    blocks, queries=reduction.queries, keys=reduction.keys
+  )
+  parts = min(
+    reduction.steps, _MAX_PARTS, -(-_MIN_PROGRAMS // math.prod(reduction.grid))
+  )
+  like = jax.ShapeDtypeStruct((parts, *reduction.output_shape), jnp.float32)
   (total,) = _call(
-    functools.partial(_bias_kernel, shape, sums, parts),
+    functools.partial(_bias_kernel, shape, reduction, parts),
     settings,
     blocks,
-    (*sums.grid, parts),
+    (*reduction.grid, parts),
     (like,),
     arrays,
   )
-  return sums.finish(total.sum(0), options.bias)
+  return reduction.finish(total.sum(0), options.bias)
 
 
 def _call(kernel, settings, blocks, grid, outputs, arrays):
-  """A kernel of (place in the grid, references, references of outputs)."""
+  """Run kernel(grid indices, input references, output references)."""
   leaves, tree = jax.tree.flatten(arrays)
 
   def body(*refs):
     inputs = jax.tree.unflatten(tree, refs[: len(leaves)])
-    # One axis: the others of CUDA's grids end at 65,535.
+    # Flatten the grid: CUDA limits all axes but the first to 65,535.
     number, place = pl.program_id(0), []
     for size in grid:
       place.append(lax.rem(number, size))
@@ -189,7 +197,7 @@ def _call(kernel, settings, blocks, grid, outputs, arrays):
 
 
 def _fold(step, carry, spans):
-  """Folds step(is_whole, number, carry) over spans (first, last, is_whole)."""
+  """Fold step(is_whole, number, carry) over spans (first, last, is_whole)."""
   for first, last, is_whole in spans:
     body = functools.partial(step, is_whole)
     carry = lax.fori_loop(first, last, body, carry)
@@ -197,7 +205,7 @@ def _fold(step, carry, spans):
 
 
 def _forward_kernel(shape, blocks, place, inputs, outputs):
-  """The running softmax of a block of queries (Dao et al. 2022)."""
+  """The online softmax of a query block (Dao et al. 2022)."""
   block, head, row = place
   query_ref, key_ref, value_ref, options, limits = inputs
   output_ref, top_ref, log_total_ref = outputs
@@ -223,14 +231,17 @@ def _forward_kernel(shape, blocks, place, inputs, outputs):
     return new_top, total, values
 
   top = jnp.full((blocks.queries,), LEAST * LOG2E, jnp.float32)
-  values = jnp.zeros((blocks.queries, _power(shape.value_size)), jnp.float32)
+  values = jnp.zeros(
+    (blocks.queries, _next_power(shape.value_size)), jnp.float32
+  )
   spans = key_spans(shape, options, limits, blocks, row, head, block)
   carry = (top, jnp.zeros_like(top), values)
   top, total, values = _fold(step, carry, spans)
   if options.sinks is not None:
     sink = options.sinks[head].astype(jnp.float32) * LOG2E
     total = total + jnp.exp2(sink - top)
-  # Fully masked: an infinite denominator, so zero weights, here and backwards.
+  # An infinite denominator zeroes the weights of fully masked rows in both
+  # passes.
   total = jnp.where(total > 0, total, jnp.inf)
   store(output_ref, values / total[:, None], row, queries, head, blocks.queries)
   for ref, x in ((top_ref, top), (log_total_ref, jnp.log2(total))):
@@ -247,15 +258,15 @@ def _load_saved(saved, row, queries, head, block):
   d_output, top, log_total, delta = saved
   return (
     load(d_output, row, queries, head, block),
-    load_numbers(top, row, queries, head, block, 0.0),
-    # Beyond the last query: an infinite denominator, so zero weights.
-    load_numbers(log_total, row, queries, head, block, jnp.inf),
-    load_numbers(delta, row, queries, head, block, 0.0),
+    load_scalars(top, row, queries, head, block, 0.0),
+    # Padded queries get an infinite denominator, so zero weights.
+    load_scalars(log_total, row, queries, head, block, jnp.inf),
+    load_scalars(delta, row, queries, head, block, 0.0),
   )
 
 
 def _query_kernel(shape, blocks, place, inputs, outputs):
-  """The query's gradient."""
+  """The gradient of a query block."""
   block, head, row = place
   query_ref, key_ref, value_ref, options, saved, limits = inputs
   queries = block * blocks.queries + jnp.arange(blocks.queries)
@@ -280,14 +291,14 @@ def _query_kernel(shape, blocks, place, inputs, outputs):
       d_logits = d_logits * slope
     return total + dot(d_logits.astype(key.dtype), key, (1, 0))
 
-  total = jnp.zeros((blocks.queries, _power(shape.key_size)), jnp.float32)
+  total = jnp.zeros((blocks.queries, _next_power(shape.key_size)), jnp.float32)
   spans = key_spans(shape, options, limits, blocks, row, head, block)
   total = _fold(step, total, spans) * options.scale
   store(outputs[0], total, row, queries, head, blocks.queries)
 
 
 def _key_kernel(shape, blocks, place, inputs, outputs):
-  """Gradients of key and value, over the query heads that share them."""
+  """Gradients of a key and value block, over the query heads that share it."""
   block, group, row = place
   query_ref, key_ref, value_ref, options, saved, limits = inputs
   keys = block * blocks.keys + jnp.arange(blocks.keys)
@@ -320,7 +331,7 @@ def _key_kernel(shape, blocks, place, inputs, outputs):
     return _fold(functools.partial(step, head), carry, spans)
 
   carry = tuple(
-    jnp.zeros((blocks.keys, _power(size)), jnp.float32)
+    jnp.zeros((blocks.keys, _next_power(size)), jnp.float32)
     for size in (shape.key_size, shape.value_size)
   )
   if shape.shared == 1:
@@ -331,21 +342,21 @@ def _key_kernel(shape, blocks, place, inputs, outputs):
   store(outputs[1], dv, row, keys, group, blocks.keys)
 
 
-def _bias_kernel(shape, sums, parts, place, inputs, outputs):
-  """A tile of the bias's gradient: the logits' over all that share the tile."""
+def _bias_kernel(shape, reduction, parts, place, inputs, outputs):
+  """A tile of the bias gradient, reduced over all that share it."""
   *place, part = place
   query_ref, key_ref, value_ref, options, saved = inputs
 
   def step(number, total):
-    row, head, query_block, key_block = sums.at(place, number)
-    queries = query_block * sums.queries + jnp.arange(sums.queries)
-    keys = key_block * sums.keys + jnp.arange(sums.keys)
+    row, head, query_block, key_block = reduction.at(place, number)
+    queries = query_block * reduction.queries + jnp.arange(reduction.queries)
+    keys = key_block * reduction.keys + jnp.arange(reduction.keys)
     group = lax.div(head, shape.shared)
-    query = load(query_ref, row, queries, head, sums.queries)
-    key = load(key_ref, row, keys, group, sums.keys)
-    value = load(value_ref, row, keys, group, sums.keys)
+    query = load(query_ref, row, queries, head, reduction.queries)
+    key = load(key_ref, row, keys, group, reduction.keys)
+    value = load(value_ref, row, keys, group, reduction.keys)
     d_output, top, log_total, delta = _load_saved(
-      saved, row, queries, head, sums.queries
+      saved, row, queries, head, reduction.queries
     )
     tile = GpuTile(
       shape, options, row, head, queries[:, None], keys[None], False
@@ -355,11 +366,11 @@ def _bias_kernel(shape, sums, parts, place, inputs, outputs):
     d_weights = tile.drop(dot(d_output, value, (1, 1)))
     return total + weights * (d_weights - delta[:, None])
 
-  steps = sums.count(place)
+  steps = reduction.count(place)
   each = lax.div(steps + parts - 1, parts)
   first = part * each
-  total = jnp.zeros((sums.queries, sums.keys), jnp.float32)
+  total = jnp.zeros((reduction.queries, reduction.keys), jnp.float32)
   last = jnp.minimum(steps, first + each)
   total = lax.fori_loop(first, last, step, total)
-  indices, mask, total = sums.entries(place, total)
+  indices, mask, total = reduction.entries(place, total)
   triton.store(outputs[0].at[part, *indices], total, mask=mask)

@@ -1,4 +1,4 @@
-"""What a program on a GPU reads and stores, and the blocks that masks leave."""
+"""Loads and stores of GPU kernels, and the blocks that masks leave."""
 
 import math
 
@@ -8,10 +8,10 @@ from jax import lax
 from jax.experimental.pallas import triton
 
 from attention.ops.implementations.fused.operands import (
+  is_band_mask,
   is_per_row,
-  whole_conditions,
 )
-from attention.ops.implementations.fused.tile import Tile, both
+from attention.ops.implementations.fused.tile import Tile, combine
 from attention.ops.masks import Dense, Segments
 
 
@@ -22,10 +22,10 @@ def _load(place, mask, other=0):
 
 
 def _place(ref, row, positions, head, block):
-  """A block of [rows, length, heads, c], channels filled up to a power of 2."""
+  """A block of [rows, length, heads, c], channels padded to a power of two."""
   length, size = ref.shape[1], ref.shape[3]
   channels = jnp.arange(max(16, 2 ** math.ceil(math.log2(size))))[None]
-  mask = both(
+  mask = combine(
     None if length % block == 0 else positions[:, None] < length,
     None if channels.shape[1] == size else channels < size,
   )
@@ -33,29 +33,29 @@ def _place(ref, row, positions, head, block):
 
 
 def load(ref, row, positions, head, block):
-  """[block, channels] of [rows, length, heads, c], zeros beyond its ends."""
+  """Load [block, channels] of [rows, length, heads, c], padded with zeros."""
   return _load(*_place(ref, row, positions, head, block))
 
 
 def store(ref, value, row, positions, head, block):
-  """The inverse of `load`."""
+  """Store a block, as the inverse of `load`."""
   place, mask = _place(ref, row, positions, head, block)
   triton.store(place, value.astype(ref.dtype), mask=mask)
 
 
-def load_numbers(ref, row, positions, head, block, other):
-  """[block] of [rows, length, heads]."""
+def load_scalars(ref, row, positions, head, block, other):
+  """Load [block] of [rows, length, heads], padded with `other`."""
   mask = None if ref.shape[1] % block == 0 else positions < ref.shape[1]
   return _load(ref.at[row, positions, head], mask, other)
 
 
 def _at_row(condition, row):
-  """The condition of one row: its numbers."""
+  """The condition for one batch row, its arrays loaded as scalars."""
   return jax.tree.map(lambda x: x.at(row)[...], condition, is_leaf=is_per_row)
 
 
 class GpuTile(Tile):
-  """A tile whose arrays are loaded entry by entry."""
+  """A tile that loads its entries of bias and mask arrays."""
 
   def distances(self, bias):
     shape = self.shape
@@ -81,36 +81,38 @@ class GpuTile(Tile):
       _load(of_keys, self._inside(False, True)),
     )
 
-  def numbers(self, condition):
+  def scalars(self, condition):
     return _at_row(condition, self.row)
 
   def _inside(self, of_queries, of_keys):
-    """Which positions exist; None if all blocks are full."""
+    """Which positions are not padding; None if no block has padding."""
     mask = None
     if of_queries and self.shape.num_query % self.queries.size:
       mask = self.queries < self.shape.num_query
     if of_keys and self.shape.num_key % self.keys.size:
-      mask = both(mask, self.keys < self.shape.num_key)
+      mask = combine(mask, self.keys < self.shape.num_key)
     return mask
 
 
 def key_spans(shape, options, limits, blocks, row, head, block):
-  """Spans (first, last, is_whole) of the keys' blocks that queries meet."""
+  """Spans (first, last, is_whole) of key blocks that a query block needs."""
   first = block * blocks.queries
   last = jnp.minimum(first + blocks.queries, shape.num_query) - 1
-  cut = blocks.keys, shape.num_key
+  size_and_length = blocks.keys, shape.num_key
   ranges = [c.key_range for c in _conditions(options, row)]
-  return _spans(options, ranges, limits, cut, (row, head, block), first, last)
+  place = row, head, block
+  return _spans(options, ranges, limits, size_and_length, place, first, last)
 
 
 def query_spans(shape, options, limits, blocks, row, head, block):
-  """The same of the queries' blocks that keys meet."""
+  """Spans (first, last, is_whole) of query blocks that a key block needs."""
   first = block * blocks.keys
   last = jnp.minimum(first + blocks.keys, shape.num_key) - 1
-  cut = blocks.queries, shape.num_query
+  size_and_length = blocks.queries, shape.num_query
   ranges = [c.query_range for c in _conditions(options, row)]
-  spans = _spans(options, ranges, limits, cut, (row, head, block), first, last)
-  if shape.num_key % blocks.keys:  # the last block of keys is not full
+  place = row, head, block
+  spans = _spans(options, ranges, limits, size_and_length, place, first, last)
+  if shape.num_key % blocks.keys:  # the last key block has padding
     spans = [(first, last, False) for first, last, _ in spans]
   return spans
 
@@ -123,8 +125,8 @@ def _conditions(options, row):
   ]
 
 
-def _spans(options, ranges, limits, cut, place, first, last):
-  size, length = cut
+def _spans(options, ranges, limits, size_and_length, place, first, last):
+  size, length = size_and_length
   count = -(-length // size)
   low, high = _range(ranges, first, last, length)
   begin, end = lax.div(jnp.maximum(low, 0), size), count
@@ -134,7 +136,7 @@ def _spans(options, ranges, limits, cut, place, first, last):
   for limit in limits:
     pair = [
       limit.array.at[
-        limit.number(row),
+        limit.stored_row(row),
         head if limit.array.shape[1] > 1 else 0,
         block if limit.array.shape[2] > 1 else 0,
         i,
@@ -143,10 +145,11 @@ def _spans(options, ranges, limits, cut, place, first, last):
     ]
     begin = jnp.maximum(begin, pair[0])
     end = jnp.minimum(end, pair[1] + 1)
-  if not whole_conditions(options):
+  if not is_band_mask(options):
     return [(begin, end, False)]
   full = length // size
-  # Seen by all of first … last: between what the last and the first begin.
+  # A position in the ranges of both `first` and `last` is in the range of every
+  # position between them.
   least, most = _range(ranges, last, first, length)
   whole = begin
   if options.conditions:
@@ -164,12 +167,12 @@ def _spans(options, ranges, limits, cut, place, first, last):
 
 
 def _range(ranges, first, last, length):
-  """(low, high) that all conditions leave; high None: no bound."""
+  """The intersection (low, high) of all ranges; high None is unbounded."""
   low, high = 0, None
-  for of in ranges:
-    more_low, more_high = of(first, last)
-    if more_low is not None:
-      low = jnp.maximum(low, more_low)
-    if more_high is not None:
-      high = more_high if high is None else jnp.minimum(high, more_high)
+  for find_range in ranges:
+    new_low, new_high = find_range(first, last)
+    if new_low is not None:
+      low = jnp.maximum(low, new_low)
+    if new_high is not None:
+      high = new_high if high is None else jnp.minimum(high, new_high)
   return low, high

@@ -1,8 +1,8 @@
-"""What kernels read: a call's arrays by row of the flattened batch.
+"""Operands of the kernels, indexed by row of the flattened batch.
 
-Inside a kernel these pytrees hold references in place of arrays. A tile has
-queries × keys or keys × queries: positions are two integer arrays that
-broadcast to it.
+Inside a kernel, these pytrees hold references in place of arrays. A tile is
+queries × keys or keys × queries. Its positions are two integer arrays that
+broadcast to its shape.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ LOG2E = math.log2(math.e)
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-  """The static part of a call."""
+  """The static sizes of the operands."""
 
   batch: tuple
   num_query: int
@@ -37,18 +37,18 @@ class Shape:
 
   @property
   def shared(self) -> int:
-    """Query heads that share a key head."""
+    """The number of query heads that share a key head."""
     return self.heads // self.groups
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PerRow:
-  """An array whose leading axes broadcast to the batch, flattened to one."""
+  """An array whose leading axes, flattened to one, broadcast to the batch."""
 
   array: object  # [rows', …]
-  batch: tuple = dataclasses.field(metadata={'static': True})  # of rows'
-  whole: tuple = dataclasses.field(metadata={'static': True})  # of all rows
+  batch: tuple = dataclasses.field(metadata={'static': True})  # shape of rows'
+  whole: tuple = dataclasses.field(metadata={'static': True})  # full batch
 
   @classmethod
   def create(cls, array, trailing: int, whole: tuple) -> 'PerRow':
@@ -60,8 +60,8 @@ class PerRow:
     flat = batching.flatten(array, trailing)
     return cls(flat.reshape(math.prod(lead), *flat.shape[1:]), lead, whole)
 
-  def number(self, row):
-    """Which of `rows'` a row of the batch reads."""
+  def stored_row(self, row):
+    """The row of the array that a batch row reads."""
     if self.batch == self.whole:
       return row
     number, stride = 0, 1
@@ -73,11 +73,11 @@ class PerRow:
 
   @property
   def sharing(self) -> int:
-    """How many rows of the batch read the same one."""
+    """The number of batch rows that read the same row of the array."""
     return math.prod(self.whole) // math.prod(self.batch)
 
-  def row(self, number, share):
-    """The `share`-th row of the batch that reads row `number`."""
+  def batch_row(self, number, share):
+    """The `share`-th batch row that reads row `number` of the array."""
     row, stride = 0, 1
     for size, whole in zip(self.batch[::-1], self.whole[::-1], strict=True):
       if size > 1:
@@ -88,19 +88,19 @@ class PerRow:
     return row
 
   def at(self, row, *places):
-    """A reference to entries; an axis of one position stands for all."""
+    """A reference to entries; axes of size 1 broadcast."""
     sizes = self.array.shape[1:]
     places = [0 if n == 1 else p for n, p in zip(sizes, places, strict=True)]
-    return self.array.at[(self.number(row), *places)]
+    return self.array.at[(self.stored_row(row), *places)]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Operands:
-  """A `Call` for kernels."""
+  """The attention `Options`, laid out for kernels."""
 
   bias: object  # PerRow [rows', h', q', k'], Distances or None
-  conditions: tuple  # of the mask, `PerRow`s for arrays
+  conditions: tuple  # of the mask, with `PerRow`s for arrays
   sinks: object  # [h] or None
   dropout: object
   scale: float = dataclasses.field(metadata={'static': True})
@@ -116,7 +116,7 @@ class Distances:
 
 
 def prepare(query, key, value, options):
-  """(`Shape`, (query, key, value, `Operands`)), the batch flattened to rows."""
+  """Return (`Shape`, (query, key, value, `Operands`)), with a flat batch."""
   *batch, num_query, heads, key_size = query.shape
   batch = tuple(batch) or (1,)
   num_key, groups, value_size = value.shape[-3:]
@@ -147,18 +147,20 @@ def is_per_row(x) -> bool:
 
 
 def limits(shape, operands, queries: int, keys: int, axis: int):
-  """Ranges of blocks that masks of arrays leave, found before the kernel.
+  """Find the block ranges that segment and dense masks leave.
+
+  This runs outside the kernels.
 
   Args:
-    shape: of the call.
-    operands: with arrays.
-    queries: positions in a block, as are keys.
-    keys: see above.
-    axis: 0 for the keys' blocks that each block of queries meets, 1 for the
-      queries' blocks that each block of keys does.
+    shape: the `Shape` of the operands.
+    operands: the `Operands`, holding arrays.
+    queries: queries per block.
+    keys: keys per block.
+    axis: 0 for the key blocks that each query block attends to, 1 for the query
+      blocks that attend to each key block.
 
   Returns:
-    A list of `PerRow`s [rows', h', blocks, 2] int32: first block and last.
+    A list of `PerRow`s [rows', h', blocks, 2] int32: the first and last block.
   """
   found = []
   for condition in operands.conditions:
@@ -181,7 +183,7 @@ def limits(shape, operands, queries: int, keys: int, axis: int):
       like = condition.array
       meets = like.array != 0
       for at, size in ((2, queries), (3, keys)):
-        meets = _any_of_blocks(meets, size, at)
+        meets = _any_in_blocks(meets, size, at)
     else:
       continue
     if axis == 1:
@@ -190,7 +192,7 @@ def limits(shape, operands, queries: int, keys: int, axis: int):
     numbers = jnp.arange(count, dtype=jnp.int32)
     first = jnp.where(meets, numbers, count).min(3)
     last = jnp.where(meets, numbers, -1).max(3)
-    if count == 1:  # an axis of one position stands for all blocks
+    if count == 1:  # a size-1 axis broadcasts over all blocks
       last = jnp.where(last == 0, 2**30, -1)
     ranges = jnp.stack([first, last], 3)
     found.append(PerRow(ranges, like.batch, like.whole))
@@ -198,7 +200,7 @@ def limits(shape, operands, queries: int, keys: int, axis: int):
 
 
 def _extremes(ids, size):
-  """[r, n] → least and largest of each block, [r, blocks]."""
+  """The smallest and largest id of each block: [r, n] → two [r, blocks]."""
   low, high = jnp.iinfo(jnp.int32).min, jnp.iinfo(jnp.int32).max
   pad = [(0, 0), (0, -ids.shape[1] % size)]
 
@@ -209,7 +211,7 @@ def _extremes(ids, size):
   return blocks(high).min(2), blocks(low).max(2)
 
 
-def _any_of_blocks(x, size, axis):
+def _any_in_blocks(x, size, axis):
   if x.shape[axis] == 1:
     return x
   pad = [(0, 0)] * x.ndim
@@ -219,13 +221,13 @@ def _any_of_blocks(x, size, axis):
   return x.reshape(shape).any(axis + 1)
 
 
-def whole_conditions(operands) -> bool:
-  """Whether the mask is bands, within which all is seen."""
+def is_band_mask(operands) -> bool:
+  """Whether the mask is an intersection of bands, without holes."""
   return all(isinstance(c, Band) for c in operands.conditions)
 
 
 def sinks_gradient(options, top, log_total, delta):
-  """The gradient of a call's sinks, or None; numbers [*b, q, h] to base 2."""
+  """The sinks' gradient, or None; statistics are [*b, q, h], logits base 2."""
   if options.sinks is None:
     return None
   sinks = options.sinks.astype(jnp.float32) * LOG2E

@@ -1,4 +1,4 @@
-"""A tile of the logits inside a kernel: what is common to GPUs and TPUs."""
+"""A tile of the logits inside a kernel, shared by GPUs and TPUs."""
 
 import dataclasses
 
@@ -9,17 +9,18 @@ from attention.ops.implementations.fused.operands import LOG2E, Distances
 from attention.ops.masks import LEAST, MASKED, Dense, Segments
 
 
-def both(one, two):
-  """one & two, where None is no mask."""
+def combine(one, two):
+  """The intersection of two masks, either of which may be None."""
   if one is None or two is None:
     return two if one is None else one
   return one & two
 
 
 def dot(x, y, axes):
-  """The product over an axis of each, in float32."""
+  """Contract one axis of each operand, accumulating in float32."""
   (i, j) = axes
-  # Mosaic has no other precision of 16 bits, whatever JAX's default is.
+  # For 16-bit operands Mosaic supports only this precision, whatever JAX's
+  # default is.
   is_float32 = x.dtype == jnp.float32
   return lax.dot_general(
     x,
@@ -32,9 +33,9 @@ def dot(x, y, axes):
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-  """Queries × keys, or keys × queries, of one head and row of the batch.
+  """A tile, queries × keys or keys × queries, of one head and batch row.
 
-  Subclasses read the call's arrays from memory.
+  Subclasses read the bias and mask arrays from memory.
   """
 
   shape: object
@@ -43,10 +44,10 @@ class Tile:
   head: object
   queries: object  # positions, [block, 1] or [1, block]
   keys: object
-  is_whole: bool  # all queries see all keys, and all are there
+  is_whole: bool  # no masked pairs and no padding
 
   def logits(self, products):
-    """(logits to base 2, d capped / d uncapped or None), float32."""
+    """(base-2 logits, d capped / d uncapped or None), both float32."""
     options, slope = self.options, None
     if options.logit_cap is None:
       x = products * (options.scale * LOG2E)
@@ -59,15 +60,16 @@ class Tile:
       is_distances = isinstance(bias, Distances)
       entries = self.distances(bias) if is_distances else self.entries(bias)
       x = x + entries.astype(jnp.float32) * LOG2E
-    seen = None if self.is_whole else self._seen()
-    if seen is not None:
-      x = jnp.where(seen, x, MASKED * LOG2E)
-    if options.bias is not None:  # a bias may mask: no slope, no NaN of -inf
+    allowed = None if self.is_whole else self._allowed()
+    if allowed is not None:
+      x = jnp.where(allowed, x, MASKED * LOG2E)
+    if options.bias is not None:
+      # Very low biases mask too: zero gradients, and no NaN from -inf.
       x = jnp.where(x < LEAST * LOG2E, MASKED * LOG2E, x)
     return x, slope
 
   def drop(self, weights):
-    """Weights, or their gradients, times the factor of dropout."""
+    """Apply dropout to attention weights or to their gradients."""
     dropout = self.options.dropout
     if dropout is None:
       return weights
@@ -77,33 +79,34 @@ class Tile:
     kept = dropout.kept_at(number, self.queries, self.keys)
     return jnp.where(kept, weights * (1 / (1 - dropout.rate)), 0.0)
 
-  def _seen(self):
-    seen = None
+  def _allowed(self):
+    """Which pairs are neither masked nor padding; None if all."""
+    allowed = None
     for condition in self.options.conditions:
       if isinstance(condition, Segments):
         of_queries, of_keys = self.ids(condition)
-        more = of_queries == of_keys
+        new = of_queries == of_keys
       elif isinstance(condition, Dense):
-        more = self.entries(condition.array) != 0
+        new = self.entries(condition.array) != 0
       else:
-        more = self.numbers(condition).at(self.queries, self.keys)
-      seen = both(seen, more)
+        new = self.scalars(condition).at(self.queries, self.keys)
+      allowed = combine(allowed, new)
     if self.shape.num_key % self.keys.size:
-      seen = both(seen, self.keys < self.shape.num_key)
-    return seen
+      allowed = combine(allowed, self.keys < self.shape.num_key)
+    return allowed
 
   def entries(self, array):
-    """Entries of an array [rows', h', q', k'], of the axes that it has."""
+    """The tile's entries of an array [rows', h', q', k']; size-1 axes stay."""
     raise NotImplementedError
 
   def distances(self, bias):
-    """Entries of a bias by distance."""
+    """The tile's entries of a bias by distance."""
     raise NotImplementedError
 
   def ids(self, condition):
-    """The segments of (queries, keys)."""
+    """The segment ids of (queries, keys)."""
     raise NotImplementedError
 
-  def numbers(self, condition):
-    """The condition of one row, with numbers in place of arrays."""
+  def scalars(self, condition):
+    """The condition for one batch row, with scalars in place of arrays."""
     raise NotImplementedError

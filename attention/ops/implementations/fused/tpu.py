@@ -1,8 +1,9 @@
-"""Kernels for TPUs, in Pallas.
+"""Pallas kernels for TPUs.
 
-Each program computes a tile of keys × queries of one head and row of the batch.
-The last axis of the grid walks over the blocks that the mask leaves, in order:
-sums stay in vector memory meanwhile. Exponents are to base 2.
+Each program computes a tile of keys × queries of one head and batch row. The
+last grid axis iterates in order over the blocks that are not fully masked,
+while accumulators stay in vector memory. Exponentials and logarithms are
+base 2.
 """
 
 import dataclasses
@@ -18,8 +19,8 @@ from jax.experimental.pallas import tpu as pltpu
 from attention.ops.implementations.base import gradient_of_options
 from attention.ops.implementations.fused import operands
 from attention.ops.implementations.fused.bias_gradient import (
-  ArraySums,
-  DistanceSums,
+  ArrayReduction,
+  DistanceReduction,
 )
 from attention.ops.implementations.fused.operands import (
   LOG2E,
@@ -29,7 +30,7 @@ from attention.ops.implementations.fused.operands import (
 from attention.ops.implementations.fused.tile import dot
 from attention.ops.implementations.fused.tpu_blocks import (
   Block,
-  Cut,
+  BlockSizes,
   Place,
   Ranges,
   TpuTile,
@@ -45,28 +46,28 @@ from attention.ops.masks import LEAST
 
 
 def forward(settings, query, key, value, options):
-  """(output, largest logit, logarithm of the sum beyond it), to base 2."""
-  shape, cut, rows, inputs = _prepare(settings, query, key, value, options)
-  ranges = Ranges.create(shape, rows, cut, 0)
+  """(output, largest logit, log of the denominator above it), both base 2."""
+  shape, sizes, rows, inputs = _prepare(settings, query, key, value, options)
+  ranges = Ranges.create(shape, rows, sizes, 0)
   length, width = inputs[0].array.shape[3], inputs[2].array.shape[2]
   lead = shape.rows, shape.heads
   output, stats = (
     Block(
       jax.ShapeDtypeStruct((*lead, size, length), dtype),
-      (None, None, size, cut.queries),
+      (None, None, size, sizes.queries),
       of_queries,
     )
     for size, dtype in ((width, query.dtype), (2, jnp.float32))
   )
-  numbers = pltpu.VMEM((1, cut.queries), jnp.float32)
+  statistic = pltpu.VMEM((1, sizes.queries), jnp.float32)
   output, stats = _call(
-    functools.partial(_forward_kernel, shape, cut, ranges.steps),
+    functools.partial(_forward_kernel, shape, sizes, ranges.steps),
     settings,
-    (*lead, length // cut.queries, ranges.steps),
+    (*lead, length // sizes.queries, ranges.steps),
     _query_place,
     (*inputs, ranges),
     (output, stats),
-    (numbers, numbers, _sum(output)),
+    (statistic, statistic, _accumulator(output)),
   )
   batch = query.shape[:-1]
   output = restore(output, shape.num_query, shape.value_size)
@@ -80,35 +81,35 @@ def forward(settings, query, key, value, options):
 def backward(
   settings, query, key, value, options, output, top, log_total, d_output
 ):
-  """Gradients of query, key, value and call."""
-  shape, cut, rows, inputs = _prepare(settings, query, key, value, options)
-  # Each query's Σ weight · d_weight, from its output alone (Dao et al. 2022).
+  """Gradients of query, key, value and options."""
+  shape, sizes, rows, inputs = _prepare(settings, query, key, value, options)
+  # Each query's Σ weight · d_weight, from its output (Dao et al. 2022).
   delta = (d_output.astype(jnp.float32) * output.astype(jnp.float32)).sum(-1)
   flat = shape.rows, shape.num_query, shape.heads, -1
-  d_output = positions(d_output.reshape(flat), cut.queries, of_queries)
-  stats = _stats(shape, cut, (top, log_total, delta))
+  d_output = positions(d_output.reshape(flat), sizes.queries, of_queries)
+  stats = _stats(shape, sizes, (top, log_total, delta))
   inputs = (*inputs, d_output, stats)
 
   def run(kernel, axis, place_of, likes):
-    ranges = Ranges.create(shape, rows, cut, axis)
+    ranges = Ranges.create(shape, rows, sizes, axis)
     heads, steps = shape.heads, ranges.steps
     if axis == 1:
       heads, steps = shape.groups, shape.shared * steps
     blocks = likes[0].array.shape[3] // likes[0].size[3]
     return _call(
-      functools.partial(kernel, shape, cut, steps),
+      functools.partial(kernel, shape, sizes, steps),
       settings,
       (shape.rows, heads, blocks, steps),
       place_of,
       (*inputs, ranges),
       [_like(x) for x in likes],
-      [_sum(x) for x in likes],
+      [_accumulator(x) for x in likes],
     )
 
   (dq,) = run(_query_kernel, 0, _query_place, inputs[:1])
   key_place = functools.partial(_key_place, shape.shared)
   dk, dv = run(_key_kernel, 1, key_place, inputs[1:3])
-  d_bias = _bias_gradient(settings, shape, cut, options, rows, inputs)
+  d_bias = _bias_gradient(settings, shape, sizes, options, rows, inputs)
   return (
     restore(dq, shape.num_query, shape.key_size).reshape(query.shape),
     restore(dk, shape.num_key, shape.key_size).reshape(key.shape),
@@ -119,64 +120,67 @@ def backward(
   )
 
 
-def _stats(shape, cut, numbers):
-  """(top, log_total, delta) of queries as one `Block`, [3, queries]."""
+def _stats(shape, sizes, arrays):
+  """Stack (top, log_total, delta) as one `Block` [3, queries]."""
   flat = shape.rows, shape.num_query, shape.heads, 1
-  # Beyond the last query: an infinite denominator, so zero weights.
+  # Padded queries get an infinite denominator, so zero weights.
   rows = [
-    positions(x.reshape(flat), cut.queries, of_queries, 1, fill).array
-    for x, fill in zip(numbers, (0.0, jnp.inf, 0.0), strict=True)
+    positions(x.reshape(flat), sizes.queries, of_queries, 1, fill).array
+    for x, fill in zip(arrays, (0.0, jnp.inf, 0.0), strict=True)
   ]
-  size = (None, None, len(rows), cut.queries)
+  size = (None, None, len(rows), sizes.queries)
   return Block(jnp.concatenate(rows, 2), size, of_queries)
 
 
 def _prepare(settings, query, key, value, options):
-  """(shape, `Cut`, operands by row, inputs of all kernels)."""
+  """(shape, `BlockSizes`, operands by row, inputs of all kernels)."""
   shape, (query, key, value, rows) = operands.prepare(
     query, key, value, options
   )
-  cut = Cut.choose(shape, query.dtype.itemsize, settings.most)
-  if isinstance(rows.bias, Distances):  # summed along diagonals of squares
-    side = min(cut.queries, cut.keys)
-    cut = Cut(side, side)
+  sizes = BlockSizes.choose(shape, query.dtype.itemsize, settings.most)
+  if isinstance(rows.bias, Distances):
+    # Its gradient is reduced along diagonals of square tiles.
+    side = min(sizes.queries, sizes.keys)
+    sizes = BlockSizes(side, side)
   index = of_keys(shape.shared)
   inputs = (
-    positions(query, cut.queries, of_queries),
-    positions(key, cut.keys, index),
-    positions(value, cut.keys, index),
-    lay_out(shape, rows, cut),
+    positions(query, sizes.queries, of_queries),
+    positions(key, sizes.keys, index),
+    positions(value, sizes.keys, index),
+    lay_out(shape, rows, sizes),
   )
-  return shape, cut, rows, inputs
+  return shape, sizes, rows, inputs
 
 
-def _bias_gradient(settings, shape, cut, options, rows, inputs):
-  """The bias's gradient at its own size, or None."""
+def _bias_gradient(settings, shape, sizes, options, rows, inputs):
+  """The bias's gradient in the bias's shape, or None without a bias."""
   bias = rows.bias
   if bias is None:
     return None
   is_array = not isinstance(bias, Distances)
-  kind = ArraySums if is_array else DistanceSums
-  sums = kind.create(shape, bias, rows.conditions, cut.queries, cut.keys)
+  kind = ArrayReduction if is_array else DistanceReduction
+  reduction = kind.create(
+    shape, bias, rows.conditions, sizes.queries, sizes.keys
+  )
   if is_array:
     output = _like(inputs[3].bias, jnp.float32)
   else:
     output = Block(
-      jax.ShapeDtypeStruct(sums.output_shape, jnp.float32),
-      (None, None, cut.keys, cut.queries),
-      lambda place: (*sums.tile_of(*place[:4]), 0, 0),
+      jax.ShapeDtypeStruct(reduction.output_shape, jnp.float32),
+      (None, None, sizes.keys, sizes.queries),
+      lambda place: (*reduction.tile_of(*place[:4]), 0, 0),
     )
 
   def place_of(ids, _):
     *place, number = ids
-    count = sums.count(place)
-    at = sums.at(place, jnp.minimum(number, jnp.maximum(count - 1, 0)))
+    count = reduction.count(place)
+    at = reduction.at(place, jnp.minimum(number, jnp.maximum(count - 1, 0)))
     return Place(*at, number < count)
 
   (total,) = _call(
-    functools.partial(_bias_kernel, shape, cut, output.is_column),
+    functools.partial(_bias_kernel, shape, sizes, output.is_column),
     settings,
-    (*sums.grid, sums.steps),
+    (*reduction.grid, reduction.steps),
     place_of,
     inputs,
     (output,),
@@ -186,18 +190,18 @@ def _bias_gradient(settings, shape, cut, options, rows, inputs):
     total = restore_entries(total, output, bias.array.shape)
   else:
     total = total.swapaxes(2, 3)
-  return sums.finish(total, options.bias)
+  return reduction.finish(total, options.bias)
 
 
 def _like(block, dtype=None):
-  """An output that is laid out as a block's array."""
+  """An output `Block` laid out like an input `Block`."""
   x = block.array
   array = jax.ShapeDtypeStruct(x.shape, dtype or x.dtype)
   return dataclasses.replace(block, array=array)
 
 
-def _sum(block):
-  """Vector memory for what a block sums up."""
+def _accumulator(block):
+  """Vector memory to accumulate a block in float32."""
   return pltpu.VMEM(block.size[2:], jnp.float32)
 
 
@@ -216,28 +220,33 @@ def _key_place(shared, ids, inputs):
 
 
 def _call(kernel, settings, grid, place_of, inputs, outputs, scratch):
-  """Arrays of the outputs, which are `Block`s of shapes.
+  """Run a kernel and return the arrays of its outputs.
 
   Args:
-    kernel: called with a `Place`, the step along the grid's last axis and the
-      number of steps, and references in place of arrays.
-    options: the implementation.
-    grid: how many programs; all axes but the last are independent.
-    place_of: the `Place` of a program's numbers, and of the inputs.
-    inputs: a pytree of `Block`s and of numbers, which go to scalar memory.
-    outputs: a tuple of `Block`s.
-    scratch: what the kernel holds in vector memory from step to step.
+    kernel: called as kernel(place, step, inputs, outputs, scratch), with a
+      `Place`, the step along the grid's last axis, and references in place of
+      arrays.
+    settings: the implementation, `Tpu`.
+    grid: the grid's shape; all axes but the last are independent.
+    place_of: maps a program's grid indices and the inputs to a `Place`.
+    inputs: a pytree of `Block`s and of scalar arrays, which go to scalar
+      memory.
+    outputs: a tuple of `Block`s whose arrays are shapes.
+    scratch: the vector memory that the kernel keeps between steps.
+
+  Returns:
+    A list of arrays, one for each output.
   """
   leaves, tree = jax.tree.flatten(inputs, is_leaf=is_block)
-  numbers = [x for x in leaves if not is_block(x)]
+  scalars = [x for x in leaves if not is_block(x)]
   blocks = [x for x in leaves if is_block(x)]
 
-  def inputs_of(number_refs, block_refs):
-    number_refs, block_refs = iter(number_refs), iter(block_refs)
+  def inputs_of(scalar_refs, block_refs):
+    scalar_refs, block_refs = iter(scalar_refs), iter(block_refs)
     refs = [
       dataclasses.replace(x, array=next(block_refs))
       if is_block(x)
-      else next(number_refs)
+      else next(scalar_refs)
       for x in leaves
     ]
     return jax.tree.unflatten(tree, refs)
@@ -251,19 +260,19 @@ def _call(kernel, settings, grid, place_of, inputs, outputs, scratch):
     return pl.BlockSpec(block.size, index)
 
   def body(*refs):
-    counts = len(numbers), len(blocks), len(outputs)
+    counts = len(scalars), len(blocks), len(outputs)
     ends = np.cumsum(counts)
-    number_refs, block_refs, output_refs, scratch_refs = (
+    scalar_refs, block_refs, output_refs, scratch_refs = (
       refs[i:j] for i, j in zip((0, *ends), (*ends, len(refs)), strict=True)
     )
-    found = inputs_of(number_refs, block_refs)
+    found = inputs_of(scalar_refs, block_refs)
     ids = [pl.program_id(i) for i in range(len(grid))]
     kernel(place_of(ids, found), ids[-1], found, output_refs, scratch_refs)
 
   return pl.pallas_call(
     body,
     grid_spec=pltpu.PrefetchScalarGridSpec(
-      num_scalar_prefetch=len(numbers),
+      num_scalar_prefetch=len(scalars),
       grid=grid,
       in_specs=[spec(x) for x in blocks],
       out_specs=[spec(x) for x in outputs],
@@ -275,21 +284,21 @@ def _call(kernel, settings, grid, place_of, inputs, outputs, scratch):
     ),
     interpret=settings.interpret,
     name='attention' + kernel.func.__name__,
-  )(*numbers, *(x.array for x in blocks))
+  )(*scalars, *(x.array for x in blocks))
 
 
-def _tile(shape, cut, place, options):
-  queries = place.query * cut.queries + lax.broadcasted_iota(
-    jnp.int32, (1, cut.queries), 1
+def _tile(shape, sizes, place, options):
+  queries = place.query * sizes.queries + lax.broadcasted_iota(
+    jnp.int32, (1, sizes.queries), 1
   )
-  keys = place.key * cut.keys + lax.broadcasted_iota(
-    jnp.int32, (cut.keys, 1), 0
+  keys = place.key * sizes.keys + lax.broadcasted_iota(
+    jnp.int32, (sizes.keys, 1), 0
   )
   return TpuTile(shape, options, place.row, place.head, queries, keys, False)
 
 
-def _forward_kernel(shape, cut, steps, place, step, inputs, outputs, scratch):
-  """The running softmax of a block of queries (Dao et al. 2022)."""
+def _forward_kernel(shape, sizes, steps, place, step, inputs, outputs, scratch):
+  """The online softmax of a query block (Dao et al. 2022)."""
   query, key, value, options, _ = inputs
   top, total, values = scratch
 
@@ -301,7 +310,7 @@ def _forward_kernel(shape, cut, steps, place, step, inputs, outputs, scratch):
 
   @pl.when(place.is_needed)
   def _():
-    tile = _tile(shape, cut, place, options)
+    tile = _tile(shape, sizes, place, options)
     x, _ = tile.logits(dot(key.read(), query.read(), (0, 0)))
     new_top = jnp.maximum(top[...], x.max(0, keepdims=True))
     shrink = jnp.exp2(top[...] - new_top)
@@ -319,18 +328,19 @@ def _forward_kernel(shape, cut, steps, place, step, inputs, outputs, scratch):
     if options.sinks is not None:
       sink = options.sinks[place.head].astype(jnp.float32) * LOG2E
       denominator = denominator + jnp.exp2(sink - top[...])
-    # Fully masked: an infinite denominator, so zero weights, also backwards.
+    # An infinite denominator zeroes the weights of fully masked rows in both
+    # passes.
     denominator = jnp.where(denominator > 0, denominator, jnp.inf)
     output[...] = (values[...] / denominator).astype(output.dtype)
     stats[0:1, :] = top[...]
     stats[1:2, :] = jnp.log2(denominator)
 
 
-def _gradients(shape, cut, place, inputs):
-  """A tile's weights as used, and the gradient of its logits and products."""
+def _gradients(shape, sizes, place, inputs):
+  """A tile's weights after dropout; gradients of its logits and products."""
   query, key, value, options, d_output, stats, *_ = inputs
   top, log_total, delta = (stats.array[i : i + 1, :] for i in range(3))
-  tile = _tile(shape, cut, place, options)
+  tile = _tile(shape, sizes, place, options)
   x, slope = tile.logits(dot(key.read(), query.read(), (0, 0)))
   weights = jnp.exp2(x - top - log_total)
   d_weights = tile.drop(dot(value.read(), d_output.read(), (0, 0)))
@@ -339,10 +349,10 @@ def _gradients(shape, cut, place, inputs):
   return tile.drop(weights), d_logits, d_products
 
 
-def _summing(kernel):
-  """A kernel that adds to sums while needed, and stores them at the end."""
+def _accumulating(kernel):
+  """Wrap a kernel to zero its accumulators first and store them last."""
 
-  def run(shape, cut, steps, place, step, inputs, outputs, sums):
+  def run(shape, sizes, steps, place, step, inputs, outputs, sums):
     @pl.when(step == 0)
     def _():
       for total in sums:
@@ -350,7 +360,7 @@ def _summing(kernel):
 
     @pl.when(place.is_needed)
     def _():
-      kernel(shape, cut, place, inputs, sums)
+      kernel(shape, sizes, place, inputs, sums)
 
     @pl.when(step == steps - 1)
     def _():
@@ -360,27 +370,29 @@ def _summing(kernel):
   return functools.wraps(kernel)(run)
 
 
-@_summing
-def _query_kernel(shape, cut, place, inputs, sums):
-  """The query's gradient."""
+@_accumulating
+def _query_kernel(shape, sizes, place, inputs, sums):
+  """Accumulate the gradient of a query block."""
   key = inputs[1].read()
-  _, _, d_products = _gradients(shape, cut, place, inputs)
+  _, _, d_products = _gradients(shape, sizes, place, inputs)
   d_products = (d_products * inputs[3].scale).astype(key.dtype)
   sums[0][...] += dot(key, d_products, (1, 0))
 
 
-@_summing
-def _key_kernel(shape, cut, place, inputs, sums):
-  """Gradients of key and value, over the query heads that share them."""
+@_accumulating
+def _key_kernel(shape, sizes, place, inputs, sums):
+  """Accumulate gradients of a key and value block, over heads that share it."""
   query, d_output = inputs[0].read(), inputs[4].read()
-  used, _, d_products = _gradients(shape, cut, place, inputs)
+  used, _, d_products = _gradients(shape, sizes, place, inputs)
   d_products = (d_products * inputs[3].scale).astype(query.dtype)
   sums[0][...] += dot(query, d_products, (1, 1))
   sums[1][...] += dot(d_output, used.astype(d_output.dtype), (1, 1))
 
 
-def _bias_kernel(shape, cut, is_column, place, step, inputs, outputs, scratch):
-  """A tile of the bias's gradient: the logits' over all that share the tile."""
+def _bias_kernel(
+  shape, sizes, is_column, place, step, inputs, outputs, scratch
+):
+  """A tile of the bias gradient, reduced over all that share it."""
   del scratch
   (total,) = outputs
 
@@ -390,7 +402,7 @@ def _bias_kernel(shape, cut, is_column, place, step, inputs, outputs, scratch):
 
   @pl.when(place.is_needed)
   def _():
-    _, d_logits, _ = _gradients(shape, cut, place, inputs)
+    _, d_logits, _ = _gradients(shape, sizes, place, inputs)
     if is_column:
       d_logits = d_logits.T
     for axis in (0, 1):
