@@ -1,6 +1,7 @@
 """A Transformer encoder that classifies sequences."""
 
 import dataclasses
+import math
 
 import haiku as hk
 import jax.numpy as jnp
@@ -44,7 +45,9 @@ class Classifier(Transformer):
         inputs
       )
     batch, length = inputs.shape[:2]
-    x = self.add_positions(x, self.context_size, is_training)
+    # Codes of the size of the embeddings.
+    scale = 1.0 if self.vocab_size is None else 0.02 * math.sqrt(2)
+    x = self.add_positions(x, self.context_size, is_training, scale=scale)
     lengths = jnp.full(batch, length) if lengths is None else lengths
     if self.pooling == 'first':
       first = hk.get_parameter('first', (self.model_size,), x.dtype, init)

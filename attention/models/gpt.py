@@ -63,7 +63,11 @@ class GPT(Transformer):
       self.vocab_size, self.model_size, w_init=init, name='tokens'
     )
     x = self.add_positions(
-      token_table(tokens), self.context_size, is_training, cache=first
+      token_table(tokens),
+      self.context_size,
+      is_training,
+      scale=0.02 * math.sqrt(2),  # of the size of the embeddings
+      cache=first,
     )
     mask, bias = self.self_attention(is_causal=True)
     layers, after = list(cache or ()), []

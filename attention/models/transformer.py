@@ -69,10 +69,19 @@ class Transformer(hk.Module):
 
   @hk.transparent
   def add_positions(
-    self, x, table_size, is_training, *, name='positions', cache=None
+    self,
+    x,
+    table_size,
+    is_training,
+    *,
+    name='positions',
+    scale=1.0,
+    cache=None,
   ):
-    """Adds position codes [b, t, m] and applies dropout."""
-    x = add_codes(x, self.positions, table_size, name=name, cache=cache)
+    """Adds position codes (see `add_codes`) and applies dropout."""
+    x = add_codes(
+      x, self.positions, table_size, name=name, scale=scale, cache=cache
+    )
     x = dropout(x, self.dropout_rate, is_training)
     # Materialises the sum; see TransformerBlock.
     return jax.lax.optimization_barrier(x)

@@ -14,7 +14,13 @@ _BUCKETS = 32  # of T5's bias
 
 
 def add_codes(
-  x, kind: str, table_size: int, *, name: str, cache: Cache | None = None
+  x,
+  kind: str,
+  table_size: int,
+  *,
+  name: str,
+  scale: float = 1.0,
+  cache: Cache | None = None,
 ):
   """Adds position codes to a model's input.
 
@@ -24,6 +30,7 @@ def add_codes(
       Vaswani et al. 2017; other kinds add nothing.
     table_size: positions in the learned table.
     name: the table's parameter name.
+    scale: of sinusoidal codes, whose root mean square is 1/√2 times that.
     cache: decoding continues at its positions; without one they start at 0.
 
   Returns:
@@ -38,7 +45,7 @@ def add_codes(
     )
   else:
     codes = sinusoidal(count if cache is None else cache.capacity, width)
-    codes = codes.astype(x.dtype)
+    codes = (scale * codes).astype(x.dtype)
   return add(
     x, codes[:count] if cache is None else codes[cache.positions(count)]
   )
