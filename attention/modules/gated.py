@@ -16,55 +16,57 @@ _ZEROS, _ONES = hk.initializers.Constant(0.0), hk.initializers.Constant(1.0)
 
 @dataclasses.dataclass(kw_only=True, eq=False)
 class GatedAttention(hk.Module):
-  """Attention whose output passes a gate, opened by the query's input.
+  """Attention whose output is gated by a function of the query input.
 
-  Parameters, by AlphaFold's names: `query_w` (a, h, c), `key_w` (a, h, c),
+  Parameters, with AlphaFold's names: `query_w` (a, h, c), `key_w` (a, h, c),
   `value_w` (a, h, c), `gating_w` (a, h, c), `gating_b` (h, c), `output_w`
-  (h, c, o), `output_b` (o). They are asked for in the dtype of `q_data`.
+  (h, c, o), `output_b` (o). They are created in the dtype of `q_data`.
   """
 
   num_head: int
-  key_size: int | None = None  # channels a head; q_data's / num_head by default
-  value_size: int | None = None  # channels a value head; m_data's / num_head
-  output_size: int | None = None  # width of the output; q_data's by default
+  key_size: int | None = (
+    None  # channels per head; q_data's / num_head by default
+  )
+  value_size: int | None = None  # value channels per head; m_data's / num_head
+  output_size: int | None = None  # output width; q_data's by default
   gating: bool = True
-  zero_init: bool = True  # output_w starts at 0
+  zero_init: bool = True  # initialise output_w to 0
   implementation: str | None = None  # see dot_product_attention
   name: str | None = None
 
   def __call__(self, q_data, m_data, mask=None, nonbatched_bias=None):
-    """Attends from `q_data` to `m_data`.
+    """Attend from `q_data` to `m_data`.
 
     Args:
-      q_data: [*b, q, a] float32, bfloat16 or float16.
-      m_data: [*b, k, a'], what keys and values are made of.
-      mask: True = may attend: boolean [*b, h or 1, q or 1, k], or a `Mask`.
-      nonbatched_bias: [h, q, k], added to the logits of the whole batch.
+      q_data: query input [*b, q, a], float32, bfloat16 or float16.
+      m_data: key and value input [*b, k, a'].
+      mask: boolean [*b, h or 1, q or 1, k], True = may attend, or a `Mask`.
+      nonbatched_bias: [h, q, k], added to the logits of every batch row.
 
     Returns:
       [*b, q, o] in the dtype of `q_data`.
 
     Raises:
-      ValueError: widths that num_head doesn't divide, a mask that isn't
-        boolean or has another rank, shapes that don't fit.
+      ValueError: If `num_head` does not divide a width, the mask is not boolean
+        or has the wrong rank, or the shapes are incompatible.
     """
     weights = self.weights(q_data, m_data)
     return self.gated(weights, q_data, m_data, mask, nonbatched_bias)
 
   def weights(self, q_data, m_data) -> dict:
-    """The parameters, by name. Only here are they asked for."""
-    a, h, c, v, o = _sizes(self, q_data, m_data)
+    """Create or fetch all parameters, by name."""
+    a, h, c, v, o = _resolve_sizes(self, q_data, m_data)
     m = m_data.shape[-1]
     return _parameters(
       q_data.dtype,
       query_w=((a, h, c), _GLOROT),
       key_w=((m, h, c), _GLOROT),
       value_w=((m, h, v), _GLOROT),
-      **_gate_and_output(self, a, h, v, o),
+      **_gate_and_output_specs(self, a, h, v, o),
     )
 
   def gated(self, weights: dict, q_data, m_data, mask=None, bias=None):
-    """The function itself, of parameters and inputs."""
+    """Apply gated attention as a pure function of parameters and inputs."""
     if mask is not None and not isinstance(mask, Mask):
       mask = _check_mask(
         'mask', mask, q_data.ndim + 1, '[*b, h or 1, q or 1, k]'
@@ -86,9 +88,10 @@ class GatedAttention(hk.Module):
     return output.reshape(*batch, *output.shape[1:])
 
   def attend(self, query, key, value, *, mask, bias):
-    """softmax(query keyᵀ / √c + bias) value: [*b, q, h, c] → [*b, q, h, c'].
+    """Compute softmax(query keyᵀ / √c + bias) value: [*b, q, h, c'].
 
-    All attention goes through here, for `hk.intercept_methods` to see.
+    All attention calls go through this method, so that `hk.intercept_methods`
+    can intercept them.
     """
     return dot_product_attention(
       query,
@@ -100,7 +103,7 @@ class GatedAttention(hk.Module):
     )
 
   def pattern(self, query, key, *, mask, bias, heads=None, queries=None):
-    """The weights of `attend`: [*b, heads, queries, k], for `capture`."""
+    """Compute the weights of `attend` [*b, heads, queries, k], for `capture`."""
     return attention_weights(
       query, key, mask=mask, bias=bias, heads=heads, queries=queries
     )
@@ -108,54 +111,58 @@ class GatedAttention(hk.Module):
 
 @dataclasses.dataclass(kw_only=True, eq=False)
 class GlobalAttention(hk.Module):
-  """Gated attention with one query a head: the mean over all positions.
+  """Gated attention with one query per head, the mean over all positions.
 
-  Its cost grows with the number of positions, not with the square. Parameters
-  are those of `GatedAttention`, but keys and values are shared by the heads:
-  `key_w` (a, c), `value_w` (a, c).
+  Its cost is linear in the number of positions. Parameters are those of
+  `GatedAttention`, except that all heads share keys and values: `key_w` (a, c),
+  `value_w` (a, c).
   """
 
   num_head: int
-  key_size: int | None = None  # channels a head; q_data's / num_head by default
-  value_size: int | None = None  # channels a value; m_data's / num_head
-  output_size: int | None = None  # width of the output; q_data's by default
+  key_size: int | None = (
+    None  # channels per head; q_data's / num_head by default
+  )
+  value_size: int | None = (
+    None  # value channels; m_data's / num_head by default
+  )
+  output_size: int | None = None  # output width; q_data's by default
   gating: bool = True
-  zero_init: bool = True  # output_w starts at 0
+  zero_init: bool = True  # initialise output_w to 0
   implementation: str | None = None  # see dot_product_attention
   name: str | None = None
 
   def __call__(self, q_data, m_data, q_mask=None):
-    """Attends from the mean of `q_data` to `m_data`.
+    """Attend from the mean of `q_data` to `m_data`.
 
     Args:
-      q_data: [*b, q, a] float32, bfloat16 or float16.
-      m_data: [*b, q, a'], what keys and values are made of.
-      q_mask: boolean [*b, q, 1]: which positions count, as part of the mean
-        and as keys.
+      q_data: query input [*b, q, a], float32, bfloat16 or float16.
+      m_data: key and value input [*b, q, a'].
+      q_mask: boolean [*b, q, 1], False where a position is excluded from the
+        mean and from the keys.
 
     Returns:
-      [*b, q, o] in the dtype of `q_data`; without gating [*b, 1, o].
+      [*b, q, o] in the dtype of `q_data`, or [*b, 1, o] without gating.
 
     Raises:
-      ValueError: widths that num_head doesn't divide, a mask that isn't
-        boolean or has another rank, shapes that don't fit.
+      ValueError: If `num_head` does not divide a width, the mask is not boolean
+        or has the wrong rank, or the shapes are incompatible.
     """
     return self.gated(self.weights(q_data, m_data), q_data, m_data, q_mask)
 
   def weights(self, q_data, m_data) -> dict:
-    """The parameters, by name. Only here are they asked for."""
-    a, h, c, v, o = _sizes(self, q_data, m_data)
+    """Create or fetch all parameters, by name."""
+    a, h, c, v, o = _resolve_sizes(self, q_data, m_data)
     m = m_data.shape[-1]
     return _parameters(
       q_data.dtype,
       query_w=((a, h, c), _GLOROT),
       key_w=((m, c), _GLOROT),
       value_w=((m, v), _GLOROT),
-      **_gate_and_output(self, a, h, v, o),
+      **_gate_and_output_specs(self, a, h, v, o),
     )
 
   def gated(self, weights: dict, q_data, m_data, q_mask=None):
-    """The function itself, of parameters and inputs."""
+    """Apply gated attention as a pure function of parameters and inputs."""
     if q_mask is None:
       q_mask = jnp.ones((*q_data.shape[:-1], 1), bool)
     q_mask = _check_mask('q_mask', q_mask, q_data.ndim, '[*b, q, 1]')
@@ -181,18 +188,18 @@ class GlobalAttention(hk.Module):
 
 
 def _masked_mean(x, mask):
-  """The mean over positions that count: [*b, q, a] → [*b, a]."""
+  """The mean over unmasked positions: [*b, q, a] → [*b, a]."""
   mask = mask.astype(jnp.float32)
   total = (x.astype(jnp.float32) * mask).sum(-2)
   return (total / jnp.maximum(mask.sum(-2), 1)).astype(x.dtype)
 
 
-def _sizes(module, q_data, m_data):
-  """a, h, c of keys, c of values, o."""
+def _resolve_sizes(module, q_data, m_data):
+  """Sizes (a, h, key channels, value channels, o)."""
   batch, got = q_data.shape[:-2], m_data.shape[:-2]
   if got != batch:
     raise ValueError(
-      f'm_data: expected the leading axes of q_data {batch}, got {got}'
+      f'm_data: expected the leading axes of q_data, {batch}, got {got}'
     )
   widths = (q_data.shape[-1], m_data.shape[-1])
   given = (module.key_size, module.value_size)
@@ -214,7 +221,7 @@ def _sizes(module, q_data, m_data):
   )
 
 
-def _gate_and_output(module, a, h, c, o):
+def _gate_and_output_specs(module, a, h, c, o):
   gate = {'gating_w': ((a, h, c), _ZEROS), 'gating_b': ((h, c), _ONES)}
   return (gate if module.gating else {}) | {
     'output_w': ((h, c, o), _ZEROS if module.zero_init else _GLOROT),
@@ -230,7 +237,7 @@ def _parameters(dtype, **specs):
 
 
 def _check_mask(name, mask, rank, shape):
-  """The mask as an array."""
+  """Validate the mask and return it as an array."""
   mask = jnp.asarray(mask)
   if mask.dtype != bool:
     raise ValueError(
@@ -239,6 +246,6 @@ def _check_mask(name, mask, rank, shape):
     )
   if mask.ndim != rank:
     raise ValueError(
-      f'{name}: expected {shape}, of rank {rank}, got shape {mask.shape}'
+      f'{name}: expected {shape} of rank {rank}, got shape {mask.shape}'
     )
   return mask

@@ -1,4 +1,4 @@
-"""Blocks on top of each other: block_0, block_1, …"""
+"""Stacks of blocks named block_0, block_1, …"""
 
 import haiku as hk
 
@@ -6,43 +6,45 @@ import haiku as hk
 def run_blocks(
   block, num_layers: int, x, *, use_scan: bool = False, use_remat: bool = False
 ):
-  """block('block_1', block('block_0', x)), and so on.
+  """Apply block('block_0', ·), then block('block_1', ·), and so on.
 
-  Parameters have the same paths and initial values whatever is chosen.
+  Parameters have the same paths and initial values with any options.
 
   Args:
-    block: (name, x) -> x of the same shape; makes a module of that name.
-    num_layers: how many there are.
-    x: an array, or a tree of them.
-    use_scan: compile one block for all layers (`hk.layer_stack`): a compilation
-      that doesn't grow with the layers, for a copy of their parameters.
-    use_remat: keep only what goes from block to block for the gradient, and
-      compute the rest again (`hk.remat`): less memory, about a third more work.
-      On CPU it saves memory only with `use_scan`.
+    block: a function (name, x) -> x of the same shape that creates a module of
+      that name.
+    num_layers: the number of blocks.
+    x: an array, or a tree of arrays.
+    use_scan: compile apply block for all layers (`hk.layer_stack`). Compilation
+      time is then independent of depth, at the cost of a copy of the
+      parameters.
+    use_remat: store only the inputs of each block for the backward pass and
+      recompute the rest (`hk.remat`). This saves memory for about a third more
+      work. On CPU it saves memory only with `use_scan`.
 
   Returns:
-    What the last block gives.
+    The output of the last block.
   """
   if hk.running_init():
     use_scan = use_remat = False
 
   def run(name, x):
-    def one(x):
+    def apply(x):
       return block(name, x)
 
-    return hk.remat(one)(x) if use_remat else one(x)
+    return hk.remat(apply)(x) if use_remat else apply(x)
 
   if use_scan and num_layers:
     return hk.layer_stack(
-      num_layers, transparent=True, transparency_map=_Names()
+      num_layers, transparent=True, transparency_map=_BlockNames()
     )(lambda x: run('block', x))(x)
   for i in range(num_layers):
     x = run(f'block_{i}', x)
   return x
 
 
-class _Names(hk.LayerStackTransparencyMapping):
-  """gpt/block/attention of layer 2 is gpt/block_2/attention."""
+class _BlockNames(hk.LayerStackTransparencyMapping):
+  """Maps gpt/block/attention of layer 2 to gpt/block_2/attention."""
 
   def stacked_to_flat(self, stacked_module_name, scan_idx):
     head, *tail = stacked_module_name.split('/')

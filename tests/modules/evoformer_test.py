@@ -107,9 +107,8 @@ def test_blocks_of_rows_match_all_rows_at_once(
   layer, arrays, assert_close, monkeypatch
 ):
   expected = jax.tree.leaves(_run(layer, arrays))
-  monkeypatch.setattr(
-    mapping, '_POSITIONS', 2 * N
-  )  # two rows a block, with a ragged end
+  # Two rows a block, and a shorter last one.
+  monkeypatch.setattr(mapping, '_POSITIONS', 2 * N)
   actual = jax.tree.leaves(_run(layer, arrays))
   largest = max(float(np.abs(x).max()) for x in expected)
   for one, two in zip(actual, expected, strict=True):

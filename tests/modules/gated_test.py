@@ -1,4 +1,4 @@
-"""Gated attention: the formula, what starts where, and what is refused."""
+"""Tests of gated attention: formula, initial values and errors."""
 
 import haiku as hk
 import jax
@@ -28,7 +28,7 @@ def inputs(arrays):
   return arrays((B, Q, A), (B, K, M))
 
 
-def test_gated_attention_is_its_formula(inputs, arrays, assert_close):
+def test_gated_attention_matches_its_formula(inputs, arrays, assert_close):
   q_data, m_data = inputs
   model = _gated()
   params = model.init(jax.random.key(0), q_data, m_data)
@@ -53,7 +53,7 @@ def test_gated_attention_is_its_formula(inputs, arrays, assert_close):
   assert_close(actual, expected)
 
 
-def test_masks_may_be_descriptions_or_lists(inputs, assert_close):
+def test_mask_objects_arrays_and_lists_are_equivalent(inputs, assert_close):
   model = _gated()
   params = model.init(jax.random.key(0), *inputs)
   mask = Mask.causal()
@@ -67,11 +67,11 @@ def test_masks_may_be_descriptions_or_lists(inputs, assert_close):
   )
 
 
-def test_weights_start_as_they_should(inputs):
+def test_initial_parameters(inputs):
   params = _gated().init(jax.random.key(0), *inputs)['gated_attention']
   assert not params['gating_w'].any() and (params['gating_b'] == 1).all()
   assert params['output_w'].any() and not params['output_b'].any()
-  limit = np.sqrt(6 / (A * H + A * 6))  # glorot, the last two axes its fans
+  limit = np.sqrt(6 / (A * H + A * 6))  # Glorot, with the last two axes as fans
   assert np.abs(params['query_w']).max() <= limit
   zero = hk.transform(
     lambda *x: attention.GatedAttention(num_head=H, name='zero')(*x)
@@ -79,7 +79,7 @@ def test_weights_start_as_they_should(inputs):
   assert not zero.init(jax.random.key(0), *inputs)['zero']['output_w'].any()
 
 
-def test_global_attention_ignores_what_is_masked(arrays, assert_close):
+def test_global_attention_ignores_masked_positions(arrays, assert_close):
   x, other = arrays((B, Q, A), (B, Q, A))
   mask = np.ones((B, Q, 1), bool)
   mask[:, 3] = False
@@ -91,15 +91,15 @@ def test_global_attention_ignores_what_is_masked(arrays, assert_close):
     )
   )
   params = model.init(jax.random.key(0), x, mask)
-  there = mask[..., 0]
-  expected = model.apply(params, x, mask)[there]
+  valid = mask[..., 0]
+  expected = model.apply(params, x, mask)[valid]
   assert_close(
-    model.apply(params, jnp.where(mask, x, other), mask)[there], expected
+    model.apply(params, jnp.where(mask, x, other), mask)[valid], expected
   )
 
 
 @pytest.mark.parametrize('kind', ['GatedAttention', 'GlobalAttention'])
-def test_nothing_seen_gives_finite_gradients(kind, arrays):
+def test_fully_masked_rows_have_finite_gradients(kind, arrays):
   (x,) = arrays((B, Q, A))
   mask = np.zeros((B, Q, 1), bool)
   if kind == 'GatedAttention':
@@ -126,7 +126,7 @@ def test_nothing_seen_gives_finite_gradients(kind, arrays):
     ({}, np.ones((B, 1, 1, K + 1), bool), 'mask: expected a shape'),
   ],
 )
-def test_bad_input_is_named(fields, mask, message, inputs):
+def test_invalid_inputs_raise(fields, mask, message, inputs):
   fields = {'num_head': H, **fields}
   model = hk.transform(lambda *x: attention.GatedAttention(**fields)(*x, mask))
   with pytest.raises(ValueError, match=message):
@@ -134,7 +134,7 @@ def test_bad_input_is_named(fields, mask, message, inputs):
 
 
 @pytest.mark.parametrize('kind', ['GatedAttention', 'GlobalAttention'])
-def test_what_is_attended_to_has_the_batch_of_what_attends(kind, arrays):
+def test_mismatched_leading_axes_raise(kind, arrays):
   model = hk.transform(lambda *x: getattr(attention, kind)(num_head=H)(*x))
   inputs = arrays((2, 3, Q, A), (3, 2, Q, A))
   with pytest.raises(ValueError, match=r'm_data: .* \(2, 3\), got \(3, 2\)'):

@@ -1,4 +1,4 @@
-"""What attention is compared with: as many parameters, no look ahead."""
+"""Tests of the attention baselines: parameter counts and causality."""
 
 import haiku as hk
 import jax
@@ -19,25 +19,25 @@ def _count(make, width):
 
 @pytest.mark.parametrize('name', MIXERS)
 @pytest.mark.parametrize('width', [32, 64, 128, 768])
-def test_parameters_are_as_many_as_attentions(name, width):
+def test_parameter_count_matches_attention(name, width):
   expected = _count(lambda: attention.MultiHeadAttention(num_heads=4), width)
   assert expected == 4 * width**2 + 4 * width
   assert abs(_count(MIXERS[name], width) / expected - 1) < 0.02
 
 
 @pytest.mark.parametrize('name', MIXERS)
-def test_a_position_sees_itself_and_what_came_before(name, arrays):
+def test_mixers_are_causal(name, arrays):
   (x,) = arrays((2, 7, 12))
   model = hk.transform(lambda x: MIXERS[name]()(x))
   params = model.init(jax.random.key(0), x)
   run = jax.jit(lambda x: model.apply(params, None, x))
   changed = np.abs(run(x.at[:, 3].add(1)) - run(x)).max((0, 2)) > 1e-6
-  reach = {'lstm': 7, 'conv': 6}[name]
-  np.testing.assert_array_equal(changed, [3 <= t < reach for t in range(7)])
+  end = {'lstm': 7, 'conv': 6}[name]
+  np.testing.assert_array_equal(changed, [3 <= t < end for t in range(7)])
 
 
 @pytest.mark.parametrize('model', ['gpt', 'classifier'])
-def test_models_have_as_many_parameters_with_each(model):
+def test_models_have_equal_parameter_counts_with_each_mixer(model):
   fields = dict(vocab_size=50, context_size=9, num_layers=2, num_heads=4)
   if model == 'classifier':
     fields['num_classes'] = 3
