@@ -24,10 +24,8 @@ class GatedAttention(hk.Module):
   """
 
   num_head: int
-  key_size: int | None = (
-    None  # channels per head; q_data's / num_head by default
-  )
-  value_size: int | None = None  # value channels per head; m_data's / num_head
+  key_size: int | None = None  # per head; q_data's width / num_head by default
+  value_size: int | None = None  # per head; m_data's / num_head by default
   output_size: int | None = None  # output width; q_data's by default
   gating: bool = True
   zero_init: bool = True  # initialise output_w to 0
@@ -88,10 +86,10 @@ class GatedAttention(hk.Module):
     return output.reshape(*batch, *output.shape[1:])
 
   def attend(self, query, key, value, *, mask, bias):
-    """Compute softmax(query keyᵀ / √c + bias) value: [*b, q, h, c'].
+    """Compute softmax(query keyᵀ / √c + bias) value.
 
     All attention calls go through this method, so that `hk.intercept_methods`
-    can intercept them.
+    can intercept them. Shapes: [*b, q, h, c] → [*b, q, h, c'].
     """
     return dot_product_attention(
       query,
@@ -103,7 +101,7 @@ class GatedAttention(hk.Module):
     )
 
   def pattern(self, query, key, *, mask, bias, heads=None, queries=None):
-    """Compute the weights of `attend` [*b, heads, queries, k], for `capture`."""
+    """Compute the weights of `attend`, [*b, heads, queries, k]."""
     return attention_weights(
       query, key, mask=mask, bias=bias, heads=heads, queries=queries
     )
@@ -119,12 +117,8 @@ class GlobalAttention(hk.Module):
   """
 
   num_head: int
-  key_size: int | None = (
-    None  # channels per head; q_data's / num_head by default
-  )
-  value_size: int | None = (
-    None  # value channels; m_data's / num_head by default
-  )
+  key_size: int | None = None  # per head; q_data's width / num_head by default
+  value_size: int | None = None  # m_data's width / num_head by default
   output_size: int | None = None  # output width; q_data's by default
   gating: bool = True
   zero_init: bool = True  # initialise output_w to 0
