@@ -1,11 +1,11 @@
-"""Dates in eleven languages and many formats → ISO 8601, byte by byte.
+"""Dates in eleven languages and many formats to ISO 8601, byte by byte.
 
 python train.py --config=configs/dates.py --workdir=runs/dates
 echo "mercredi 5 mars 1997" | python -m attention translate --workdir=runs/dates
 
 Default size (2 + 2 layers of width 64, 1,500 steps): 85.7% of 1,000 held-out
-dates exact at step 500, 99.8% at 1,000 and at the end; 72% in languages that
-training never showed; in 1 min 26 s. Measured on 2026-11-21, two cores of an
+dates are exact at step 500, 99.8% at step 1,000 and at the end; 72% in languages
+that are absent from training; 1 min 26 s. Measured on 2026-11-21, two cores of an
 AMD EPYC, JAX 0.10.2.
 """
 
@@ -13,7 +13,7 @@ import ml_collections
 
 
 def get_config(size: str = '') -> ml_collections.ConfigDict:
-  """The config of that size: '' or 'debug'."""
+  """Returns the config of a size: '' or 'debug'."""
   sizes = {'': _default, 'debug': _debug}
   if size not in sizes:
     raise ValueError(f'size: expected one of {sorted(sizes)}, got {size!r}')
@@ -26,13 +26,13 @@ def _default():
       'task': 'translation',
       'seed': 0,
       'data': {
-        'path': '',  # '': the embedded corpus; see configs/translate.py
+        'path': '',  # '': generated dates; otherwise see configs/translate.py
         'embedded': 'dates',
-        'num_pairs': 30_000,  # to train on
+        'num_pairs': 30_000,  # for training
         'level': 'bytes',
         'max_length': 64,  # tokens
         'batch_tokens': 4_096,  # of source and target together
-        'num_buckets': 2,  # shapes that batches have
+        'num_buckets': 2,  # shapes of batches
       },
       'model': {
         'num_layers': 2,

@@ -7,9 +7,9 @@
 | (default) | 2 × 4 × 64, 25 of 4 × 4 pixels, 64, 1,000 | 103,434 |
 | debug | 1 × 2 × 16, 9, 8, 30 | 4 k |
 
-Of a fifth held out at random, by --config.seed: 98.3%, 98.6% and 99.4% right
-with seeds 0, 1 and 2, 98.8% on average, in 35 s (seed 0). plots/confusion.png
-shows which digits are taken for which. Measured on 2026-11-21, two cores of an
+Accuracy on a random fifth, held out by --config.seed: 98.3%, 98.6% and 99.4% for
+seeds 0, 1 and 2, 98.8% on average; 35 s for seed 0. plots/confusion.png shows
+which digits are confused. Measured on 2026-11-21, two cores of an
 AMD EPYC, JAX 0.10.2.
 """
 
@@ -17,7 +17,7 @@ import ml_collections
 
 
 def get_config(size: str = '') -> ml_collections.ConfigDict:
-  """The config of that size: '' or 'debug'."""
+  """Returns the config of a size: '' or 'debug'."""
   sizes = {'': _default, 'debug': _debug}
   if size not in sizes:
     raise ValueError(f'size: expected one of {sorted(sizes)}, got {size!r}')
@@ -28,13 +28,13 @@ def _default():
   return ml_collections.ConfigDict(
     {
       'task': 'classification',
-      'seed': 0,  # of the fifth held out, too
+      'seed': 0,  # also selects the held-out fifth
       'data': {
         'kind': 'digits',
-        'path': '',  # they come with scikit-learn
+        'path': '',  # unused: scikit-learn contains the digits
         'patch_size': 4,
         'stride': 1,
-        'is_shifted': True,  # by up to a pixel, in training
+        'is_shifted': True,  # training images by up to a pixel
         'batch_size': 64,
       },
       'model': {

@@ -1,4 +1,4 @@
-"""GPT-3's shape (Brown et al. 2020, table 2.1), to be counted.
+"""GPT-3's shape (Brown et al. 2020, table 2.1), for counting.
 
   python -m attention inspect --config=configs/gpt3.py
 
@@ -7,16 +7,17 @@
 | (default) | 96 × 96 × 12,288, 2,048 | 174,604,259,328 |
 | debug | 2 × 2 × 16, 16 | 12 k |
 
-Their layers alternate dense and banded attention; here all are dense, which
-changes no parameter. Batch, rate and steps are the paper's, the data is bytes:
-its tokens are not published. The default size has never been trained here.
+GPT-3 alternates dense and banded attention; here all layers are dense, which
+does not change the parameters. Batch size, learning rate and steps are the
+paper's. The data is bytes, as the paper's tokens are not published. The default
+size has not been trained.
 """
 
 import ml_collections
 
 
 def get_config(size: str = '') -> ml_collections.ConfigDict:
-  """The config of that size: '' or 'debug'."""
+  """Returns the config of a size: '' or 'debug'."""
   sizes = {'': _default, 'debug': _debug}
   if size not in sizes:
     raise ValueError(f'size: expected one of {sorted(sizes)}, got {size!r}')

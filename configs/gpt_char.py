@@ -1,4 +1,4 @@
-"""GPTs on a text: characters at nanoGPT's CPU budget, up to GPT-2's 124 M.
+"""GPT on a text, from nanoGPT's CPU budget up to GPT-2's 124 M parameters.
 
   python train.py --config=configs/gpt_char.py --workdir=runs/gpt_char
   python -m attention sample --workdir=runs/gpt_char --prompt="def "
@@ -13,11 +13,12 @@
 | debug | 2 × 2 × 16, 16, 4, 30 | 8 k |
 
 Default size, Tiny Shakespeare (sha256 86c4e6aa…, --config.data.path=input.txt):
-1.762 nats per character on the whole last tenth (1.833 at step 1,500), in 1 min
-42 s at about 19,000 tokens/s; 1.770 in an earlier run, 1.764 with
-implementation='reference', whose sums round differently. nanoGPT quotes 1.88
-for this size and budget. A peak learning rate of 3e-3 gave 1.767, 6e-3 with a
-decay to 1% 1.771, 1e-2 likewise 1.767: all within the noise of one run.
+1.762 nats per character on the last tenth of the text (1.833 at step 1,500), in
+1 min 42 s at about 19,000 tokens/s. An earlier run reached 1.770;
+implementation='reference', which rounds differently, 1.764. nanoGPT reports 1.88
+for this size and budget. A peak learning rate of 3e-3 gave 1.767; 6e-3 decayed
+to 1% 1.771; 1e-2 decayed to 1% 1.767. These differences are within the noise of
+one run.
 
 Default size and text (Python 3.11's standard library): 1.640 nats per
 character, 1 min 52 s.
@@ -25,18 +26,18 @@ character, 1 min 52 s.
 Measured on 2026-11-21, two cores of an AMD EPYC, JAX 0.10.2.
 
 With --config.data.level=bpe --config.training.steps=1000 on Tiny Shakespeare:
-3.874 nats per token of 1,024, which are 2.480 bits per byte; 1.762 nats per
-character are 2.542. Measured on 2026-11-25, two cores, JAX 0.10.2.
+3.874 nats per token of 1,024, or 2.480 bits per byte; 1.762 nats per character
+are 2.542 bits per byte. Measured on 2026-11-25, two cores, JAX 0.10.2.
 
-`base` and `gpt2` are for one GPU and have not been run. They store parameters
-in float32 and compute in bfloat16; on CPU, --config.training.precision= turns
-that off. `gpt2` learns a BPE of 50,257 tokens from the text, or reads a given
-tokenizer.json such as GPT-2's own, and pads the vocabulary to 50,304, a
-multiple of 128. A step is 524,288 tokens, a run 10.5 billion: its text has to
-fit into memory, and the default one is far too short for it. Compiled for an
-H100, not run (2026-11-25, JAX 0.10.2): a step holds at most 31.2 GiB, 16.7 with
---config.training.num_microbatches=16, 47.8 in float32; an evaluation 25.5; a
-step of `base` 1.7.
+`base` and `gpt2` are sized for one GPU and have not been run. They store
+parameters in float32 and compute in bfloat16; on CPU,
+--config.training.precision= restores float32. `gpt2` learns a BPE of 50,257
+tokens from the text, or reads a tokenizer.json such as GPT-2's own, and pads
+the vocabulary to 50,304, a multiple of 128. A step has 524,288 tokens, a run
+10.5 billion; the text must fit into memory, and the default text is far too
+short. As compiled for an H100 (2026-11-25, JAX 0.10.2), a step needs 31.2 GiB,
+16.7 GiB with --config.training.num_microbatches=16 and 47.8 GiB in float32; an
+evaluation needs 25.5 GiB, a step of `base` 1.7 GiB.
 """
 
 import ml_collections
@@ -45,7 +46,7 @@ _MIXED = 'params=float32,compute=bfloat16,output=float32'
 
 
 def get_config(size: str = '') -> ml_collections.ConfigDict:
-  """The config of that size: '', 'debug', 'base' or 'gpt2'."""
+  """Returns the config of a size: '', 'debug', 'base' or 'gpt2'."""
   sizes = {'': _default, 'debug': _debug, 'base': _base, 'gpt2': _gpt2}
   if size not in sizes:
     raise ValueError(f'size: expected one of {sorted(sizes)}, got {size!r}')
@@ -59,14 +60,14 @@ def _default():
       'task': 'language',
       'seed': 0,
       'data': {
-        'path': '',  # a UTF-8 text; '': the Python standard library's source
+        'path': '',  # a UTF-8 text; '': the source of Python's standard library
         'level': 'characters',  # 'bytes', 'bpe' or a path: tokenizer.json
-        'vocab_size': 1_024,  # of 'bpe', which is learnt from the text
+        'vocab_size': 1_024,  # of a BPE learned from the text
         'context_size': context_size,
         'batch_size': 12,
       },
       'model': {
-        'vocab_size': 0,  # 0: as many as the data has
+        'vocab_size': 0,  # 0: the vocabulary of the data
         'context_size': context_size,
         'num_layers': 4,
         'num_heads': 4,

@@ -1,12 +1,12 @@
-"""Telephone tones → digits: a sequence of spectra read as text.
+"""Telephone tones to digits: spectra in, text out.
 
   python train.py --config=configs/tones.py --workdir=runs/tones
 
-The encoder takes vectors in place of tokens: attention across two kinds of
-data.
+The encoder reads vectors instead of tokens, so cross-attention joins two kinds
+of data.
 
 Default size (2 + 2 layers of width 64, 187,520 parameters): 96.8% of held-out
-tones read without a mistake after 2,000 steps, in 2 min 1 s. Measured on
+sequences are exact after 2,000 steps, in 2 min 1 s. Measured on
 2026-11-21, two cores of an AMD EPYC, JAX 0.10.2.
 """
 
@@ -14,7 +14,7 @@ import ml_collections
 
 
 def get_config(size: str = '') -> ml_collections.ConfigDict:
-  """The config of that size: '' or 'debug'."""
+  """Returns the config of a size: '' or 'debug'."""
   sizes = {'': _default, 'debug': _debug}
   if size not in sizes:
     raise ValueError(f'size: expected one of {sorted(sizes)}, got {size!r}')
@@ -29,11 +29,11 @@ def _default():
       'data': {
         'path': '',
         'embedded': 'tones',
-        'num_pairs': 16_000,  # to train on
+        'num_pairs': 16_000,  # for training
         'level': 'bytes',
         'max_length': 100,  # frames
         'batch_tokens': 4_096,  # of source and target together
-        'num_buckets': 2,  # shapes that batches have
+        'num_buckets': 2,  # shapes of batches
       },
       'model': {
         'source': 'vectors',
