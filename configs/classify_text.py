@@ -18,7 +18,8 @@ the package is the class. To see what a run attends to:
 Default size and text (Python 3.11's standard library): 95.3% accuracy on the
 held-out fifth after 300 steps; the largest class has 23%. Training and test
 passages come from the same files, so this shows that the model learns, not how
-well it generalises. Measured on 2026-11-21, two cores of an AMD EPYC, JAX 0.10.2.
+well it generalises. Measured on 2026-11-21, two cores of an AMD EPYC, JAX
+0.10.2.
 """
 
 import ml_collections

@@ -15,10 +15,10 @@
 Default size, Tiny Shakespeare (sha256 86c4e6aa…, --config.data.path=input.txt):
 1.762 nats per character on the last tenth of the text (1.833 at step 1,500), in
 1 min 42 s at about 19,000 tokens/s. An earlier run reached 1.770;
-implementation='reference', which rounds differently, 1.764. nanoGPT reports 1.88
-for this size and budget. A peak learning rate of 3e-3 gave 1.767; 6e-3 decayed
-to 1% 1.771; 1e-2 decayed to 1% 1.767. These differences are within the noise of
-one run.
+implementation='reference', which rounds differently, 1.764. nanoGPT reports
+1.88 for this size and budget. A peak learning rate of 3e-3 gave 1.767; 6e-3
+decayed to 1% 1.771; 1e-2 decayed to 1% 1.767. These differences are within the
+noise of one run.
 
 Default size and text (Python 3.11's standard library): 1.640 nats per
 character, 1 min 52 s.
