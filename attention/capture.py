@@ -1,4 +1,4 @@
-"""Attention's patterns out of any Haiku function, which is left as it is."""
+"""Capture attention patterns from any Haiku function, without changing it."""
 
 import fnmatch
 
@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from attention.ops.attention_weights import attention_weights
 
-# Patterns leave the function as Haiku state of this name: the only way out of
-# `hk.layer_stack` and `hk.remat`, and the paths come with it.
+# Patterns are returned as Haiku state of this name. Only state can leave
+# `hk.layer_stack` and `hk.remat`, and it carries the module paths.
 _STATE = 'captured_pattern'
 
 
@@ -24,40 +24,39 @@ def capture(
   state=None,
   **kwargs,
 ):
-  """Runs a Haiku function, and returns its attention patterns too.
+  """Run a Haiku function and return its output and attention patterns.
 
-  They are those of `MultiHeadAttention`, `GatedAttention`,
-  `hk.MultiHeadAttention`, and of any module with the methods `attend` and
-  `pattern` of `MultiHeadAttention`. They are computed anew from queries and
-  keys, whichever implementation ran, without dropout; only what is asked for
-  is computed. It works under `jax.jit`, in which a large model belongs.
+  Patterns are captured from `MultiHeadAttention`, `GatedAttention`,
+  `hk.MultiHeadAttention`, and any module that implements the methods `attend`
+  and `pattern` of `MultiHeadAttention`. They are recomputed from queries and
+  keys without dropout, independently of the implementation that ran. Only the
+  selected patterns are computed. Use `jax.jit` for large models.
 
   Args:
-    function: what `hk.transform` or `hk.transform_with_state` was given or
-      has returned.
-    params: its parameters.
-    *args: what it is called with.
-    layers: paths of modules as they stand in the result, with `*` for
-      anything, or their numbers there; one or more; all by default.
-    heads: numbers of the heads wanted; all by default.
-    queries: positions of the queries wanted; all by default.
-    rng: a key of `jax.random`, if the function draws random numbers.
-    state: its Haiku state, if it has any.
-    **kwargs: what it is called with.
+    function: an argument or result of `hk.transform` or
+      `hk.transform_with_state`.
+    params: the parameters of the function.
+    *args: positional arguments of the function.
+    layers: one or more module paths, as in the result, where `*` is a wildcard,
+      or their indices in the result; all by default.
+    heads: indices of the heads to return; all by default.
+    queries: positions of the queries to return; all by default.
+    rng: a `jax.random` key, if the function uses random numbers.
+    state: the Haiku state of the function, if any.
+    **kwargs: keyword arguments of the function.
 
   Returns:
-    (output, patterns): what the plain call returns, and a dict of float32
-    arrays [*b, heads, queries, k] by module path. Patterns of a module in
-    `hk.layer_stack` have the layers as first axis. The second call of one
-    module is at 'path#1', and so on. Rows sum to 1; to less with sinks; to 0
-    where a query may see no key (`hk.MultiHeadAttention` spreads such a row
-    evenly over all keys).
+    (output, patterns): the output of the plain call, and a dict from module
+    path to float32 array [*b, heads, queries, k]. Patterns of a module in
+    `hk.layer_stack` have a leading layer axis. The second call of a module is
+    at 'path#1', and so on. Rows sum to 1, or to less with sinks. Fully masked
+    rows are 0, except that `hk.MultiHeadAttention` gives them uniform weights.
 
   Raises:
-    ValueError: a layer, head or query that isn't there (says what is), or a
-      function without attention.
+    ValueError: If a layer, head or query does not exist (the message lists
+      those that do), or if the function calls no attention.
   """
-  apply = _find_apply(function)
+  apply = _stateful_apply(function)
 
   def run(recorder):
     with hk.intercept_methods(recorder):
@@ -69,102 +68,102 @@ def capture(
       if name.startswith(_STATE)
     }
 
-  chosen = None
+  selected = None
   if layers is not None:
-    there = []
-    jax.eval_shape(lambda: there.extend(run(_Recorder())[1]))
-    chosen = _choose(layers, there)
-  recorder = _Recorder(chosen, heads, queries)
+    available = []
+    jax.eval_shape(lambda: available.extend(run(_Recorder())[1]))
+    selected = _select_layers(layers, available)
+  recorder = _Recorder(selected, heads, queries)
   output, patterns = run(recorder)
-  if not recorder.has_seen_attention:
+  if not recorder.found_attention:
     raise ValueError(
-      'function: no attention in it; capture sees MultiHeadAttention, '
-      'GatedAttention and hk.MultiHeadAttention'
+      'function: expected at least one attention call, got none; capture '
+      'supports MultiHeadAttention, GatedAttention and hk.MultiHeadAttention'
     )
-  if chosen is not None:
-    patterns = {path: patterns[path] for path in chosen}
+  if selected is not None:
+    patterns = {path: patterns[path] for path in selected}
   return output, patterns
 
 
-def _find_apply(function):
+def _stateful_apply(function):
   """(params, state, rng, *args, **kwargs) -> (output, state)."""
   if isinstance(function, hk.TransformedWithState):
     return function.apply
   if isinstance(function, hk.Transformed):
-    # Its own apply refuses state.
+    # The apply of hk.transform raises on state, so transform it again.
     function = getattr(function.apply, '_original_fn', None)
     if function is None:
       raise ValueError(
-        'function: expected the function that hk.transform was given, got '
-        'what it returned'
+        'function: expected the argument of hk.transform, got its result'
       )
   return hk.transform_with_state(function).apply
 
 
-def _choose(layers, there):
-  """Paths among `there`, of paths, patterns of paths, or numbers."""
-  if not there:
+def _select_layers(layers, available):
+  """Resolve paths, wildcards or indices to paths in `available`."""
+  if not available:
     return []
-  chosen = []
+  selected = []
   for layer in [layers] if isinstance(layers, (str, int)) else layers:
     if isinstance(layer, str):
-      found = [p for p in there if p == layer] or fnmatch.filter(there, layer)
+      exact = [path for path in available if path == layer]
+      found = exact or fnmatch.filter(available, layer)
     else:
-      found = there[layer : layer + 1] if layer >= 0 else []
+      found = available[layer : layer + 1] if layer >= 0 else []
     if not found:
-      known = ', '.join(f'{i}: {path}' for i, path in enumerate(there))
-      raise ValueError(f'layers: no {layer!r}; there are {known}')
-    chosen += [path for path in found if path not in chosen]
-  return [path for path in there if path in chosen]
+      known = ', '.join(f'{i}: {path}' for i, path in enumerate(available))
+      raise ValueError(f'layers: expected one of {known}, got {layer!r}')
+    selected += [path for path in found if path not in selected]
+  return [path for path in available if path in selected]
 
 
 class _Recorder:
-  """An interceptor that puts each pattern into its module's state."""
+  """An interceptor that stores each pattern in its module's state."""
 
-  def __init__(self, chosen=None, heads=None, queries=None):
-    self.has_seen_attention = False
-    self._chosen = chosen
+  def __init__(self, selected=None, heads=None, queries=None):
+    self.found_attention = False
+    self._selected = selected
     self._selection = {'heads': heads, 'queries': queries}
-    self._open = []  # (module, outputs of its linear layers) being called
+    self._active = []  # active calls: (module, outputs of its linear layers)
 
   def __call__(self, call, args, kwargs, context):
     module, method = context.module, context.method_name
     if isinstance(module, hk.Linear) and method == '__call__':
       output = call(*args, **kwargs)
-      if self._open:
-        self._open[-1][1][module.name] = output
+      if self._active:
+        self._active[-1][1][module.name] = output
       return output
     if getattr(module, 'remat', False):
-      # Patterns could not leave loops that compute anew what is in them.
+      # Patterns cannot leave the rematerialised loops of such a module.
       module.remat = False
-    is_haikus = isinstance(module, hk.MultiHeadAttention)
-    is_attention = (is_haikus and method == '__call__') or (
+    is_haiku = isinstance(module, hk.MultiHeadAttention)
+    is_attention = (is_haiku and method == '__call__') or (
       method == 'attend' and hasattr(module, 'pattern')
     )
-    # A subclass may call its parent's method of that name.
-    is_inner = any(module is outer for outer, _ in self._open)
+    # A subclass may call its parent's method of the same name.
+    is_inner = any(module is outer for outer, _ in self._active)
     if not is_attention or is_inner:
       return call(*args, **kwargs)
 
-    self.has_seen_attention = True
+    self.found_attention = True
     linears = {}
-    self._open.append((module, linears))
+    self._active.append((module, linears))
     try:
       output = call(*args, **kwargs)
     finally:
-      self._open.pop()
-    if self._is_wanted(module.module_name):
-      if is_haikus:
+      self._active.pop()
+    if self._is_selected(module.module_name):
+      if is_haiku:
         pattern = self._haiku_pattern(module, linears, *args, **kwargs)
       else:
         pattern = self._pattern(module, *args, **kwargs)
       _store(pattern)
     return output
 
-  def _is_wanted(self, path):
-    """Inside `hk.layer_stack` a path lacks what the stack puts before it."""
-    return self._chosen is None or any(
-      f'/{full.split("#")[0]}'.endswith(f'/{path}') for full in self._chosen
+  def _is_selected(self, path):
+    """Match path suffixes: `hk.layer_stack` adds its prefix only later."""
+    return self._selected is None or any(
+      f'/{full.split("#")[0]}'.endswith(f'/{path}') for full in self._selected
     )
 
   def _pattern(self, module, query, key, value, *, is_training=False, **where):
@@ -183,7 +182,7 @@ class _Recorder:
 
 
 def _store(pattern):
-  """Into the current module's state, under a name not yet taken."""
+  """Store the pattern in the current module's state, under an unused name."""
   name, number = _STATE, 0
   while True:
     try:

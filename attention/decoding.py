@@ -1,13 +1,12 @@
-"""Writing tokens one after another, with any model.
+"""Autoregressive decoding with any model.
 
-A model is a function `step(tokens, cache) -> (logits, cache)`: it takes the
-tokens [b, t] that come next and gives the logits [b, v] of the token after
-them. The cache is whatever it needs to remember: a tree of arrays whose first
-axis is the batch, or that are scalars. The step on the prompt may change the
-cache's structure; later ones keep it.
+A model is a function `step(tokens, cache) -> (logits, cache)`. It takes the
+next tokens [b, t] and returns the logits [b, v] of the token that follows. The
+cache is any tree of scalars and of arrays with a leading batch axis. The step
+on the prompt may change the structure of the cache; later steps must not.
 
-Each function is one loop that `jax.jit` takes whole. It stops when every row
-has ended; what a row holds behind its end is the end again.
+Each function is a single loop that can be jitted. It stops when every row has
+ended. Ended rows are padded with the end token.
 """
 
 import functools
@@ -18,26 +17,26 @@ from jax import lax
 
 
 def greedy(step, cache, prompt, num_tokens: int, *, end: int | None = None):
-  """Takes the likeliest token each time.
+  """Decode greedily: choose the most likely token at each step.
 
   Args:
-    step: see above.
-    cache: what `step` starts with.
-    prompt: [b, t] tokens to begin from, t > 0.
-    num_tokens: how many to write, at most.
-    end: the token that ends a row; None writes all.
+    step: the model; see the module docstring.
+    cache: the initial cache.
+    prompt: tokens [b, t], t > 0.
+    num_tokens: the maximum number of new tokens.
+    end: the token that ends a row; None decodes all `num_tokens`.
 
   Returns:
-    [b, num_tokens] int32, without the prompt.
+    Tokens [b, num_tokens] int32, without the prompt.
 
   Raises:
-    ValueError: an unfit prompt, or num_tokens < 1.
+    ValueError: If the prompt is invalid or `num_tokens` < 1.
   """
 
   def choose(logits, *_):
     return jnp.argmax(logits, axis=-1)
 
-  return _write(step, cache, prompt, num_tokens, choose, end)
+  return _decode(step, cache, prompt, num_tokens, choose, end)
 
 
 def sample(
@@ -54,32 +53,33 @@ def sample(
   repetition_penalty: float | None = None,
   end: int | None = None,
 ):
-  """Draws each token from the model's distribution given those before it.
+  """Sample each token from the model's next-token distribution.
 
-  What narrows the distribution is applied in the order of the arguments here,
-  the penalty first.
+  The repetition penalty is applied first, then the other options in the order
+  of the arguments.
 
   Args:
-    step: see above.
-    cache: what `step` starts with.
-    prompt: [b, t] tokens to begin from, t > 0.
-    num_tokens: how many to draw, at most.
-    rng: a key of `jax.random`.
-    temperature: divides the logits; 0 takes the likeliest token.
-    top_k: draw among the k likeliest only; None for all.
-    top_p: draw among the fewest whose probabilities reach p together (Holtzman
-      et al. 2020).
-    min_p: draw among those with at least p times the likeliest's probability
-      (Nguyen et al. 2024).
-    repetition_penalty: divides positive logits of tokens that a row holds
-      already, and multiplies negative ones (Keskar et al. 2019, section 4.1).
-    end: the token that ends a row; None writes all.
+    step: the model; see the module docstring.
+    cache: the initial cache.
+    prompt: tokens [b, t], t > 0.
+    num_tokens: the maximum number of new tokens.
+    rng: a `jax.random` key.
+    temperature: divides the logits; 0 chooses the most likely token.
+    top_k: sample from the k most likely tokens; None for all.
+    top_p: nucleus sampling: sample from the smallest set of tokens whose
+      probabilities sum to at least p (Holtzman et al. 2020).
+    min_p: sample from tokens with at least p times the probability of the most
+      likely token (Nguyen et al. 2024).
+    repetition_penalty: divides the positive logits and multiplies the negative
+      logits of tokens that the row already contains (Keskar et al. 2019,
+      section 4.1).
+    end: the token that ends a row; None decodes all `num_tokens`.
 
   Returns:
-    [b, num_tokens] int32, without the prompt.
+    Tokens [b, num_tokens] int32, without the prompt.
 
   Raises:
-    ValueError: an unfit prompt, or numbers out of range.
+    ValueError: If the prompt is invalid or a number is out of range.
   """
   check_strategy(
     temperature=temperature,
@@ -89,9 +89,9 @@ def sample(
     repetition_penalty=repetition_penalty,
   )
 
-  def choose(logits, i, held):
+  def choose(logits, i, present):
     if repetition_penalty is not None:
-      logits = _penalise(logits, held, repetition_penalty)
+      logits = _penalise(logits, present, repetition_penalty)
     if temperature == 0:
       return jnp.argmax(logits, axis=-1)
     logits = logits / temperature
@@ -100,28 +100,30 @@ def sample(
         logits = narrow(logits, value)
     return jax.random.categorical(jax.random.fold_in(rng, i), logits)
 
-  return _write(
+  return _decode(
     step,
     cache,
     prompt,
     num_tokens,
     choose,
     end,
-    is_holding=repetition_penalty is not None,
+    tracks_tokens=repetition_penalty is not None,
   )
 
 
 def check_strategy(**options) -> None:
-  """Checks what `sample` draws by: temperature, top_k, …; None: not at all.
+  """Validate sampling options (temperature, top_k, …); None is always valid.
 
   Raises:
-    ValueError: a number out of range, or an option that isn't there.
+    ValueError: If a number is out of range or an option is unknown.
   """
   for name, value in options.items():
     if name not in _STRATEGIES:
-      raise ValueError(f'{name}: expected one of {sorted(_STRATEGIES)}')
-    is_right, expected = _STRATEGIES[name]
-    if value is not None and not is_right(value):
+      raise ValueError(
+        f'options: expected names in {sorted(_STRATEGIES)}, got {name!r}'
+      )
+    is_valid, expected = _STRATEGIES[name]
+    if value is not None and not is_valid(value):
       raise ValueError(f'{name}: expected {expected}, got {value}')
 
 
@@ -134,9 +136,9 @@ _STRATEGIES = {
 }
 
 
-def _penalise(logits, held, penalty):
+def _penalise(logits, present, penalty):
   changed = jnp.where(logits > 0, logits / penalty, logits * penalty)
-  return jnp.where(held, changed, logits)
+  return jnp.where(present, changed, logits)
 
 
 def _top_k(logits, k):
@@ -153,45 +155,49 @@ def _top_p(logits, p):
 
 
 def _min_p(logits, p):
-  # p times the likeliest's probability is log p from its logit.
+  # A factor p in probability is an offset log p in logits.
   least = logits.max(-1, keepdims=True) + jnp.log(p)
   return jnp.where(logits < least, -jnp.inf, logits)
 
 
-def _write(step, cache, prompt, num_tokens, choose, end, *, is_holding=False):
-  """The loop: choose(logits, number, held [b, v]) gives the next tokens [b]."""
-  prompt = _check(prompt, num_tokens)
+def _decode(
+  step, cache, prompt, num_tokens, choose, end, *, tracks_tokens=False
+):
+  """Decode with choose(logits, index, present [b, v]) -> next tokens [b]."""
+  prompt = _check_prompt(prompt, num_tokens)
   logits, cache = step(prompt, cache)
   rows = jnp.arange(len(prompt))
-  held = jnp.zeros((), bool)  # which tokens a row holds, if asked for
-  if is_holding:
-    held = jnp.zeros(logits.shape, bool).at[rows[:, None], prompt].set(True)
+  present = jnp.zeros((), bool)  # tokens in each row, if tracked
+  if tracks_tokens:
+    present = jnp.zeros(logits.shape, bool).at[rows[:, None], prompt].set(True)
 
-  def pick(i, logits, held, is_done):
-    token = choose(logits, i, held).astype(jnp.int32)
+  def pick(i, logits, present, is_done):
+    token = choose(logits, i, present).astype(jnp.int32)
     if end is not None:
       token = jnp.where(is_done, end, token)
       is_done = token == end
-    if is_holding:
-      held = held.at[rows, token].set(True)
-    return token, held, is_done
+    if tracks_tokens:
+      present = present.at[rows, token].set(True)
+    return token, present, is_done
 
   def advance(carry):
-    i, tokens, cache, token, held, is_done = carry
+    i, tokens, cache, token, present, is_done = carry
     logits, cache = step(token[:, None], cache)
-    token, held, is_done = pick(i, logits, held, is_done)
+    token, present, is_done = pick(i, logits, present, is_done)
     tokens = lax.dynamic_update_index_in_dim(tokens, token, i, axis=1)
-    return i + 1, tokens, cache, token, held, is_done
+    return i + 1, tokens, cache, token, present, is_done
 
-  def is_going_on(carry):
+  def is_unfinished(carry):
     i, *_, is_done = carry
     return (i < num_tokens) & ~is_done.all()
 
-  token, held, is_done = pick(0, logits, held, jnp.zeros(len(prompt), bool))
+  token, present, is_done = pick(
+    0, logits, present, jnp.zeros(len(prompt), bool)
+  )
   tokens = jnp.full((len(prompt), num_tokens), -1 if end is None else end)
   tokens = tokens.astype(jnp.int32).at[:, 0].set(token)
-  carry = (jnp.int32(1), tokens, cache, token, held, is_done)
-  return lax.while_loop(is_going_on, advance, carry)[1]
+  carry = (jnp.int32(1), tokens, cache, token, present, is_done)
+  return lax.while_loop(is_unfinished, advance, carry)[1]
 
 
 def beam_search(
@@ -205,37 +211,39 @@ def beam_search(
   num_best: int = 1,
   length_penalty: float = 0.6,
 ):
-  """Keeps the `beam_size` likeliest beginnings of each row.
+  """Decode with beam search.
 
-  A beginning is complete when `end` is among the likeliest `beam_size` ways to
-  go on; a row has ended when it has that many complete ones. With one beam this
-  is `greedy`.
+  A hypothesis is complete when it ends while it is among the `beam_size` most
+  likely candidates of its row. A row has ended when it has `beam_size` complete
+  hypotheses. With one beam this is `greedy`.
 
   Args:
-    step: see above; called on the prompt, then on b · beam_size rows.
-    cache: what `step` starts with.
-    prompt: [b, t] tokens to begin from, t > 0.
-    num_tokens: how many to write, at most.
+    step: the model; see the module docstring. It is called on the prompt, then
+      on b · beam_size rows.
+    cache: the initial cache.
+    prompt: tokens [b, t], t > 0.
+    num_tokens: the maximum number of new tokens.
     end: the token that ends a row.
-    beam_size: beginnings that are kept, at most the size of the vocabulary.
-    num_best: how many to return.
-    length_penalty: α of Wu et al. 2016, equation 14: scores are logarithms of
-      probabilities over ((5 + tokens) / 6)^α, the end counted.
+    beam_size: hypotheses per row, at most the vocabulary size.
+    num_best: the number of hypotheses to return.
+    length_penalty: α of Wu et al. 2016, equation 14. Scores are
+      log-probabilities divided by ((5 + length) / 6)^α, where the length
+      includes the end token.
 
   Returns:
-    tokens [b, num_best, num_tokens] int32, the best first, and their scores [b,
-    num_best] float32. What has not ended in `num_tokens` comes after what has.
+    tokens [b, num_best, num_tokens] int32, best first, and their scores [b,
+    num_best] float32. Hypotheses without an end token come last.
 
   Raises:
-    ValueError: an unfit prompt, or numbers out of range.
+    ValueError: If the prompt is invalid or a number is out of range.
   """
-  prompt = _check(prompt, num_tokens)
+  prompt = _check_prompt(prompt, num_tokens)
   num_rows = len(prompt)
   logits, cache = step(prompt, cache)
   vocab_size = logits.shape[-1]
   if not 1 <= beam_size <= vocab_size:
     raise ValueError(
-      f'beam_size: expected 1 to {vocab_size}, the size of the vocabulary, '
+      f'beam_size: expected 1 to {vocab_size}, the vocabulary size, '
       f'got {beam_size}'
     )
   if not 1 <= num_best <= beam_size:
@@ -247,29 +255,29 @@ def beam_search(
   )
   shape = (num_rows, beam_size)
   tokens = jnp.full((*shape, num_tokens), end, jnp.int32)
-  # All beams are alike at first: one of them counts.
+  # All beams are identical at first, so only one of them is alive.
   scores = jnp.broadcast_to(jnp.arange(beam_size) == 0, shape)
   alive = tokens, jnp.where(scores, 0.0, -jnp.inf)
   complete = tokens, jnp.full(shape, -jnp.inf)
-  cache = _on_rows(lambda x: jnp.repeat(x, beam_size, axis=0), cache)
+  cache = _map_batched(lambda x: jnp.repeat(x, beam_size, axis=0), cache)
   logits = jnp.repeat(logits, beam_size, axis=0)
   parents, alive, complete = search(0, logits, alive, complete)
 
   def advance(carry):
     i, cache, parents, alive, complete = carry
-    cache = _on_rows(lambda x: x[parents], cache)
+    cache = _map_batched(lambda x: x[parents], cache)
     last = lax.dynamic_index_in_dim(alive[0], i - 1, 2, keepdims=False)
     logits, cache = step(last.reshape(-1, 1), cache)
     parents, alive, complete = search(i, logits, alive, complete)
     return i + 1, cache, parents, alive, complete
 
-  def is_going_on(carry):
+  def is_unfinished(carry):
     i, *_, (_, scores) = carry
     return (i < num_tokens) & jnp.isneginf(scores).any()
 
   carry = (jnp.int32(1), cache, parents, alive, complete)
-  *_, alive, complete = lax.while_loop(is_going_on, advance, carry)
-  # What is alive fills the places of what never completed.
+  *_, alive, complete = lax.while_loop(is_unfinished, advance, carry)
+  # Unfinished hypotheses fill the slots without a complete one.
   tokens = jnp.concatenate([complete[0], alive[0]], axis=1)
   unfinished = alive[1] / _normaliser(num_tokens, length_penalty)
   scores = jnp.concatenate([complete[1], unfinished], axis=1)
@@ -283,26 +291,26 @@ def beam_search(
 
 
 def _advance_beams(i, logits, alive, complete, *, end, length_penalty):
-  """One token more on each beam.
+  """Extend each beam by one token.
 
   Args:
-    i: number of the token.
-    logits: [b · n, v] after the beams that are alive.
-    alive: tokens [b, n, t] and sums of log-probabilities [b, n].
+    i: index of the new token.
+    logits: [b · n, v] of the beams that are alive.
+    alive: tokens [b, n, t] and their log-probabilities [b, n].
     complete: tokens [b, n, t] and normalised scores [b, n].
-    end: the token that completes.
+    end: the token that completes a hypothesis.
     length_penalty: see `beam_search`.
 
   Returns:
-    parents [b · n], the rows that the new beams go on from, and the new alive
-    and complete.
+    parents [b · n], the row that each new beam extends, and the new `alive` and
+    `complete`.
   """
   tokens, scores = alive
   num_rows, beam_size, _ = tokens.shape
   log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
   vocab_size = log_probs.shape[-1]
   sums = scores[..., None] + log_probs.reshape(num_rows, beam_size, vocab_size)
-  # Twice as many as beams: half of them may end, and n others go on.
+  # At most n of the 2 n best candidates end, so n others can continue.
   count = min(2 * beam_size, beam_size * vocab_size)
   sums, at = lax.top_k(sums.reshape(num_rows, -1), count)
   parents, token = at // vocab_size, (at % vocab_size).astype(jnp.int32)
@@ -311,7 +319,7 @@ def _advance_beams(i, logits, alive, complete, *, end, length_penalty):
 
   is_end = token == end
   is_best = jnp.arange(count) < beam_size
-  # A row that has all its beams complete keeps them.
+  # A row with n complete hypotheses no longer changes them.
   is_open = jnp.isneginf(complete[1]).any(-1, keepdims=True)
   ended = sums / _normaliser(i + 1, length_penalty)
   ended = jnp.where(is_end & is_best & is_open, ended, -jnp.inf)
@@ -320,8 +328,8 @@ def _advance_beams(i, logits, alive, complete, *, end, length_penalty):
     jnp.concatenate([complete[1], ended], axis=1),
     jnp.concatenate([complete[0], written], axis=1),
   )
-  going_on = jnp.where(is_end, -jnp.inf, sums)
-  *alive, parents = _take_best(beam_size, going_on, written, parents)
+  unfinished = jnp.where(is_end, -jnp.inf, sums)
+  *alive, parents = _take_best(beam_size, unfinished, written, parents)
   rows = jnp.arange(num_rows)[:, None] * beam_size
   return (rows + parents).reshape(-1), tuple(alive), complete
 
@@ -337,13 +345,13 @@ def _normaliser(length, alpha):
   return ((5 + length) / 6) ** alpha
 
 
-def _on_rows(function, cache):
-  """function(leaf) on what has a batch axis; scalars stay."""
+def _map_batched(function, cache):
+  """Apply `function` to the leaves with a batch axis, not to scalars."""
   return jax.tree.map(lambda x: function(x) if jnp.ndim(x) else x, cache)
 
 
-def _check(prompt, num_tokens):
-  """The prompt as an array, int32 as all tokens after it."""
+def _check_prompt(prompt, num_tokens):
+  """Validate the prompt and return it as int32, like all new tokens."""
   prompt = jnp.asarray(prompt)
   if prompt.ndim != 2:
     raise ValueError(f'prompt: expected [b, t], got shape {prompt.shape}')

@@ -1,4 +1,4 @@
-"""Patterns captured from functions that don't know of it."""
+"""Tests of capturing patterns from unmodified functions."""
 
 import haiku as hk
 import jax
@@ -15,11 +15,11 @@ B, T, K, M = 2, 5, 7, 12
 MASK = np.tril(np.ones((T, T), bool))
 
 
-def _ours(**fields):
+def _attention(**fields):
   return lambda: attention.MultiHeadAttention(name='attention', **fields)
 
 
-def _haikus():
+def _haiku_attention():
   return hk.MultiHeadAttention(
     3, 4, w_init=hk.initializers.VarianceScaling(), name='attention'
   )
@@ -31,58 +31,63 @@ def _split(params, name, x, num_heads):
   return x.reshape(*x.shape[:-1], num_heads, -1)
 
 
-# name: (module, heads of queries and of keys, call(module, x, context))
+# name: (module, query heads, key heads, call(module, x, context))
 CALLS = {
-  'self': (_ours(num_heads=3), 3, 3, lambda m, x, _: m(x)),
+  'self': (_attention(num_heads=3), 3, 3, lambda m, x, _: m(x)),
   'causal': (
-    _ours(num_heads=3, implementation='reference'),
+    _attention(num_heads=3, implementation='reference'),
     3,
     3,
     lambda m, x, _: m(x, mask=attention.Mask.causal()),
   ),
-  'sees_nothing': (
-    _ours(num_heads=3, implementation='chunked'),
+  'fully_masked': (
+    _attention(num_heads=3, implementation='chunked'),
     3,
     3,
     lambda m, x, _: m(x, mask=attention.Mask.causal(-2)),
   ),
   'grouped_cross': (
-    _ours(num_heads=6, num_kv_heads=2, value_size=3),
+    _attention(num_heads=6, num_kv_heads=2, value_size=3),
     6,
     2,
     lambda m, x, context: m(x, context),
   ),
   'additive': (
-    _ours(num_heads=3, similarity='additive'),
+    _attention(num_heads=3, similarity='additive'),
     3,
     3,
     lambda m, x, _: m(x),
   ),
   'cosine': (
-    _ours(num_heads=3, similarity='cosine', scale=4.0),
+    _attention(num_heads=3, similarity='cosine', scale=4.0),
     3,
     3,
     lambda m, x, _: m(x),
   ),
   'bias': (
-    _ours(num_heads=3),
+    _attention(num_heads=3),
     3,
     3,
     lambda m, x, _: m(x, bias=attention.alibi(3)),
   ),
   'haiku': (
-    _haikus,
+    _haiku_attention,
     3,
     3,
     lambda m, x, _: m(x, x, x, jnp.asarray(MASK)[None, None]),
   ),
-  'haiku_cross': (_haikus, 3, 3, lambda m, x, context: m(x, context, context)),
+  'haiku_cross': (
+    _haiku_attention,
+    3,
+    3,
+    lambda m, x, context: m(x, context, context),
+  ),
 }
 ARGUMENTS = {
   'cosine': {'scale': 4.0},
   'causal': {'mask': MASK},
   'haiku': {'mask': MASK},
-  'sees_nothing': {'mask': np.tril(np.ones((T, T), bool), -2)},
+  'fully_masked': {'mask': np.tril(np.ones((T, T), bool), -2)},
   'bias': {'bias': attention.alibi(3)},
 }
 
@@ -93,7 +98,7 @@ def _init(function, *inputs):
 
 
 @pytest.mark.parametrize('name', CALLS)
-def test_captured_weights_are_those_of_the_call(name, arrays):
+def test_captured_weights_match_the_call(name, arrays):
   make, num_heads, num_kv_heads, call = CALLS[name]
   x, context = arrays((B, T, M), (B, K, M))
 
@@ -124,36 +129,36 @@ def test_captured_weights_are_those_of_the_call(name, arrays):
   pattern = patterns['attention']
   assert pattern.dtype == jnp.float32
   np.testing.assert_allclose(pattern, expected, rtol=0, atol=1e-6)
-  seen = np.ones(T)
-  if name == 'sees_nothing':
-    seen[:2] = 0
+  row_sums = np.ones(T)
+  if name == 'fully_masked':
+    row_sums[:2] = 0
   np.testing.assert_allclose(
-    pattern.sum(-1), np.broadcast_to(seen, pattern.shape[:-1]), atol=1e-6
+    pattern.sum(-1), np.broadcast_to(row_sums, pattern.shape[:-1]), atol=1e-6
   )
 
 
-def _everything(x):
+def _mixed_calls(x):
   """A module called twice, a stack of layers, a rematerialised layer."""
   twice = attention.MultiHeadAttention(num_heads=3, name='twice')
   x = twice(twice(x), mask=attention.Mask.causal())
   x = hk.layer_stack(4)(attention.TransformerBlock(num_heads=2, name='block'))(
     x
   )
-  return hk.remat(_ours(num_heads=3)())(x)
+  return hk.remat(_attention(num_heads=3)())(x)
 
 
 STACK = '__layer_stack_no_per_layer/block/attention'
 
 
 @pytest.fixture(scope='module')
-def everything():
+def mixed_calls():
   x = jax.random.normal(jax.random.key(0), (B, T, M))
-  return *_init(_everything, x), x
+  return *_init(_mixed_calls, x), x
 
 
-def test_repeated_stacked_and_rematerialised_calls_are_all_there(everything):
-  model, params, x = everything
-  output, patterns = jax.jit(lambda *x: attention.capture(_everything, *x))(
+def test_repeated_stacked_and_rematerialised_calls_are_captured(mixed_calls):
+  model, params, x = mixed_calls
+  output, patterns = jax.jit(lambda *x: attention.capture(_mixed_calls, *x))(
     params, x
   )
   assert jax.tree.map(jnp.shape, patterns) == {
@@ -165,12 +170,12 @@ def test_repeated_stacked_and_rematerialised_calls_are_all_there(everything):
   np.testing.assert_allclose(
     output, model.apply(params, None, x), rtol=0, atol=2e-6
   )
-  # The second call alone was causal.
+  # Only the second call is causal.
   assert np.triu(patterns['twice'][0, 0], 1).any()
   assert not np.triu(patterns['twice#1'][0, 0], 1).any()
-  # Each layer of the stack has its own: they are those of one layer at a time.
+  # Each layer of the stack matches the same layer applied on its own.
   hidden = attention.capture(
-    lambda x: _everything_before_the_stack(x),
+    lambda x: _calls_before_the_stack(x),
     {k: v for k, v in params.items() if k.startswith('twice')},
     x,
   )[0]
@@ -190,7 +195,7 @@ def test_repeated_stacked_and_rematerialised_calls_are_all_there(everything):
     )
 
 
-def _everything_before_the_stack(x):
+def _calls_before_the_stack(x):
   twice = attention.MultiHeadAttention(num_heads=3, name='twice')
   return twice(twice(x), mask=attention.Mask.causal())
 
@@ -204,12 +209,12 @@ def _everything_before_the_stack(x):
     ([3, 0], ['twice', 'attention']),
   ],
 )
-def test_layers_heads_and_queries_are_selected(everything, layers, paths):
-  _, params, x = everything
+def test_layers_heads_and_queries_are_selected(mixed_calls, layers, paths):
+  _, params, x = mixed_calls
 
   def run(**selection):
     return jax.jit(
-      lambda *x: attention.capture(_everything, *x, **selection)[1]
+      lambda *x: attention.capture(_mixed_calls, *x, **selection)[1]
     )(params, x)
 
   whole = run()
@@ -224,22 +229,24 @@ def test_layers_heads_and_queries_are_selected(everything, layers, paths):
     )
 
 
-def test_only_what_is_chosen_is_computed(everything):
-  _, params, x = everything
+def test_only_selected_patterns_are_computed(mixed_calls):
+  _, params, x = mixed_calls
   jaxpr = jax.make_jaxpr(
-    lambda: attention.capture(_everything, params, x, layers='twice')[0]
+    lambda: attention.capture(_mixed_calls, params, x, layers='twice')[0]
   )()
-  more = jax.make_jaxpr(lambda: attention.capture(_everything, params, x)[0])()
+  more = jax.make_jaxpr(lambda: attention.capture(_mixed_calls, params, x)[0])()
   assert len(str(jaxpr)) < len(str(more))
 
 
-def test_all_that_transform_gives_and_takes_serves(arrays):
+def test_arguments_and_results_of_transform_are_supported(arrays):
   (x,) = arrays((B, T, M))
 
   def function(x, is_training):
     hk.set_state('calls', hk.get_state('calls', (), init=jnp.zeros) + 1)
     x = hk.dropout(hk.next_rng_key(), 0.5, x) if is_training else x
-    return _ours(num_heads=3, dropout_rate=0.5)()(x, is_training=is_training)
+    return _attention(num_heads=3, dropout_rate=0.5)()(
+      x, is_training=is_training
+    )
 
   stateful = hk.transform_with_state(function)
   params, state = stateful.init(jax.random.key(0), x, False)
@@ -251,21 +258,21 @@ def test_all_that_transform_gives_and_takes_serves(arrays):
         given, params, x, is_training=is_training, rng=rng, state=state
       )
       np.testing.assert_array_equal(output, expected)
-      # Without dropout: a whole pattern.
+      # Patterns are without dropout, so rows sum to 1.
       np.testing.assert_allclose(
         patterns['attention'].sum(-1), 1, rtol=0, atol=1e-6
       )
-  model, params = _init(lambda x: _ours(num_heads=3)()(x), x)
+  model, params = _init(lambda x: _attention(num_heads=3)()(x), x)
   for given in (model, hk.without_apply_rng(model)):
     assert attention.capture(given, params, x)[1]['attention'].shape[1] == 3
 
 
 def test_bfloat16_gives_float32_patterns(arrays):
   (x,) = arrays((B, T, M), dtype=jnp.bfloat16)
-  for make in (_ours(num_heads=3), _haikus):
+  for make in (_attention(num_heads=3), _haiku_attention):
 
     def function(x, make=make):
-      return make()(x, x, x) if make is _haikus else make()(x)
+      return make()(x, x, x) if make is _haiku_attention else make()(x)
 
     _, params = _init(function, x)
     pattern = attention.capture(function, params, x)[1]['attention']
@@ -273,33 +280,33 @@ def test_bfloat16_gives_float32_patterns(arrays):
     np.testing.assert_allclose(pattern.sum(-1), 1, rtol=0, atol=1e-6)
 
 
-def test_what_is_not_there_is_answered_with_what_is(everything):
-  _, params, x = everything
+def test_missing_layers_heads_and_queries_raise(mixed_calls):
+  _, params, x = mixed_calls
   for arguments, message in (
-    ({'layers': 'twise'}, r"no 'twise'; there are 0: twice, 1: twice#1, 2: __"),
-    ({'layers': 4}, r'no 4; there are 0: twice, .* 3: attention'),
-    ({'layers': -1}, r'no -1; there are'),
+    ({'layers': 'twise'}, r"of 0: twice, 1: twice#1, 2: __.*, got 'twise'"),
+    ({'layers': 4}, r'expected one of 0: twice, .* 3: attention, got 4'),
+    ({'layers': -1}, r'layers: expected one of .*, got -1'),
     ({'layers': STACK, 'heads': 2}, r'heads: expected 0 to 1, got \[2\]'),
     ({'queries': [1, 5]}, r'queries: expected 0 to 4, got \[5\]'),
   ):
     with pytest.raises(ValueError, match=message):
-      attention.capture(_everything, params, x, **arguments)
+      attention.capture(_mixed_calls, params, x, **arguments)
 
 
 @pytest.mark.parametrize('layers', [None, 'attention'])
-def test_a_function_without_attention_is_an_error(arrays, layers):
+def test_function_without_attention_raises(arrays, layers):
   (x,) = arrays((B, M))
 
   def function(x):
     return hk.Linear(3)(x)
 
   _, params = _init(function, x)
-  with pytest.raises(ValueError, match='no attention in it'):
+  with pytest.raises(ValueError, match='at least one attention call'):
     attention.capture(function, params, x, layers=layers)
 
 
-def test_patterns_of_an_evoformer_are_of_all_rows_and_blocks(arrays):
-  # More positions than the layers work on at a time.
+def test_evoformer_patterns_cover_all_rows_and_blocks(arrays):
+  # More positions than the layers process at a time.
   num_seq, num_res, num_blocks = 53, 41, 2
   msa, pair = arrays((num_seq, num_res, 6), (num_res, num_res, 4))
 
@@ -368,7 +375,7 @@ def test_global_attention_is_captured(arrays):
 
 
 @pytest.mark.parametrize('use_remat', [False, True])
-def test_layers_of_a_gpt_that_scans_are_stacked(use_remat):
+def test_patterns_of_a_scanned_gpt_are_stacked(use_remat):
   tokens = jnp.arange(2 * T).reshape(2, T)
   fields = dict(vocab_size=11, context_size=T, num_layers=3, num_heads=2)
 
@@ -390,8 +397,8 @@ def test_layers_of_a_gpt_that_scans_are_stacked(use_remat):
   )
 
 
-def test_rows_mapped_in_blocks_are_whole(arrays):
-  # Enough rows for more than one block of them.
+def test_patterns_of_row_blocks_are_complete(arrays):
+  # Enough rows for more than one block.
   msa, pair = arrays((50, 60, 4), (60, 60, 4))
 
   def function(msa, pair):

@@ -9,7 +9,7 @@ V = 7
 
 
 def _step(tokens, cache):
-  """A model that likes the number after the last one; it counts its tokens."""
+  """A model that favours last token + 1; its cache counts tokens."""
   logits = 3.0 * jax.nn.one_hot((tokens[:, -1] + 1) % V, V)
   return logits, cache + tokens.shape[1]
 
@@ -26,7 +26,7 @@ def _draw(num_tokens=400, seed=0, prompt=((1, 2), (4, 5)), **options):
 
 
 @pytest.mark.parametrize('options', [{'temperature': 0.0}, {'top_k': 1}])
-def test_top_one_and_temperature_zero_take_the_likeliest(options):
+def test_top_one_and_temperature_zero_are_greedy(options):
   expected = (np.array([[3], [6]]) + np.arange(400)) % V
   np.testing.assert_array_equal(_draw(**options), expected)
 
@@ -43,58 +43,58 @@ def test_samples_follow_the_distribution():
   assert abs(_counts(_draw(2000, temperature=2.0))[1] - flat) < 0.03
 
 
-def test_top_k_draws_among_k_at_each_step():
-  # The six others are equally likely: a tie stays in.
+def test_top_k_keeps_ties():
+  # The six other tokens are equally likely, and ties are kept.
   assert (_counts(_draw(2000, top_k=V)) > 0.03).all()
   assert (_counts(_draw(2000, top_k=V + 5)) > 0.03).all()
 
 
-def test_one_token_is_one_token():
+def test_single_token_has_the_right_shape():
   assert _draw(1).shape == (2, 1)
 
 
-def test_seeds_differ_and_repeat():
+def test_samples_are_reproducible_and_depend_on_the_seed():
   np.testing.assert_array_equal(_draw(seed=3), _draw(seed=3))
   assert (_draw(seed=3) != _draw(seed=4)).any()
 
 
-def test_top_p_draws_among_the_fewest_that_reach_it():
+def test_top_p_samples_from_the_nucleus():
   likely = np.exp(3) / (np.exp(3) + V - 1)  # about 0.77, the others 0.04
   only = _counts(_draw(500, top_p=likely - 0.01))
   assert only[1] == 1
   assert (_counts(_draw(2000, top_p=0.9999)) > 0.02).all()
 
 
-def test_min_p_draws_among_those_near_the_likeliest():
+def test_min_p_excludes_unlikely_tokens():
   ratio = np.exp(-3)
   assert _counts(_draw(500, min_p=ratio * 1.1))[1] == 1
   assert (_counts(_draw(2000, min_p=ratio * 0.9)) > 0.02).all()
 
 
-def test_strategies_compose():
-  """Hot enough that all are alike, then narrowed by each."""
+def test_sampling_options_compose():
+  """A high temperature flattens the logits before each filter applies."""
   drawn = _draw(3000, temperature=50.0, top_k=V, top_p=0.999, min_p=0.95)
   counts = _counts(drawn)
-  # e^(3/50) apart: 0.94 of the likeliest is below 0.95.
+  # The others have e^(-3/50) = 0.94 of the top probability, below 0.95.
   assert counts[1] == 1
   counts = _counts(_draw(3000, temperature=50.0, min_p=0.9))
   assert (counts > 0.08).all()
 
 
-def test_a_penalty_keeps_from_repeating():
+def test_repetition_penalty_reduces_repetition():
   def flat(tokens, cache):
     return jnp.zeros((len(tokens), V)).at[:, 2].set(1.0), cache
 
-  def write(**options):
+  def decode(**options):
     drawn = decoding.sample(
       flat, 0, jnp.array([[5], [6]]), 4, jax.random.key(0), **options
     )
     return np.asarray(drawn)
 
   options = dict(temperature=0.0)
-  assert (write(**options) == 2).all()
+  assert (decode(**options) == 2).all()
   # Positive logits are divided, so 2 stays the likeliest; -1 becomes -4.
-  assert (write(repetition_penalty=4.0, **options) == 2).all()
+  assert (decode(repetition_penalty=4.0, **options) == 2).all()
 
   def below(tokens, cache):
     return jnp.full((len(tokens), V), -1.1).at[:, 2].set(-1.0), cache
@@ -108,12 +108,12 @@ def test_a_penalty_keeps_from_repeating():
     repetition_penalty=4.0,
     **options,
   )
-  # Each of the others once, 2 first where the prompt doesn't hold it.
+  # Each other token appears once; 2 comes first unless the prompt has it.
   np.testing.assert_array_equal(drawn, [[2, 1, 3, 4, 5, 6], [0, 1, 3, 4, 5, 6]])
 
 
-def test_it_writes_in_64_bits_too():
-  def write():
+def test_decoding_with_64_bit_types():
+  def decode():
     prompt, cache = jnp.array([[1], [4]]), jnp.int32(0)
     return [
       decoding.greedy(_step, cache, prompt, 5, end=6),
@@ -121,15 +121,15 @@ def test_it_writes_in_64_bits_too():
       decoding.beam_search(_step, cache, prompt, 5, end=6)[0],
     ]
 
-  expected = write()
+  expected = decode()
   with jax.enable_x64(True):
-    actual = write()
+    actual = decode()
   np.testing.assert_array_equal(actual[0], expected[0])
   assert [x.dtype for x in actual] == ['int32'] * 3
   assert [x.shape for x in actual] == [x.shape for x in expected]
 
 
-def test_ended_rows_never_change_and_the_loop_stops_with_the_last():
+def test_ended_rows_stay_padded_and_the_loop_stops_early():
   prompt = jnp.array([[1], [4]])
   tokens = decoding.greedy(_step, jnp.int32(0), prompt, 30, end=6)
   np.testing.assert_array_equal(
@@ -144,16 +144,16 @@ def test_ended_rows_never_change_and_the_loop_stops_with_the_last():
 
   calls = []
 
-  def noted(tokens, cache):
+  def counted_step(tokens, cache):
     jax.debug.callback(lambda _: calls.append(1), tokens)
     return _step(tokens, cache)
 
-  decoding.greedy(noted, jnp.int32(0), prompt, 30, end=6)
+  decoding.greedy(counted_step, jnp.int32(0), prompt, 30, end=6)
   jax.effects_barrier()
-  assert len(calls) == 5  # the prompt, and four tokens: the last isn't fed
+  assert len(calls) == 5  # the prompt and four tokens; the last is not fed back
 
 
-# Logarithms of P(next | last): 0 leads into a trap that greed falls into.
+# log P(next | last), chosen so that greedy decoding from 0 is suboptimal.
 _CHAIN = np.log(
   np.array(
     [
@@ -169,7 +169,7 @@ _CHAIN = np.log(
 
 
 def _markov(tokens, cache):
-  """The cache: all tokens so far, which beams must carry with them."""
+  """A Markov chain whose cache holds all tokens so far."""
   seen, length = cache
   seen = jax.lax.dynamic_update_slice(seen, tokens, (0, length))
   return jnp.asarray(_CHAIN, jnp.float32)[tokens[:, -1]], (
@@ -185,7 +185,7 @@ def _search(prompt, num_tokens=6, step=_markov, **options):
 
 
 def _all_sequences(first, num_tokens, alpha):
-  """Every complete sequence and its score, the best first."""
+  """All complete sequences with their scores, best first."""
   found = []
 
   def extend(tokens, score):
@@ -203,7 +203,7 @@ def _all_sequences(first, num_tokens, alpha):
 
 
 @pytest.mark.parametrize('alpha', [0.0, 0.6, 1.0])
-def test_a_wide_beam_finds_the_best_of_all_sequences(alpha, assert_close):
+def test_wide_beam_finds_the_best_sequence(alpha, assert_close):
   tokens, scores = _search(
     [[0], [2]], 4, beam_size=5, num_best=2, length_penalty=alpha
   )
@@ -225,7 +225,7 @@ def test_one_beam_is_greedy():
 
 
 def test_beams_carry_their_caches():
-  """Logits that depend on all that came before, not on the last alone."""
+  """The logits depend on all previous tokens, not only on the last one."""
 
   def step(tokens, cache):
     seen, length = cache
@@ -251,7 +251,7 @@ def test_beams_carry_their_caches():
       assert abs(total - float(scores[row, n])) < 1e-4
 
 
-def test_rows_are_searched_apart():
+def test_rows_are_searched_independently():
   together, _ = _search([[0], [4], [2]], beam_size=3, num_best=3)
   for row, first in enumerate((0, 4, 2)):
     alone, _ = _search([[first]], beam_size=3, num_best=3)
@@ -266,16 +266,16 @@ def test_rows_are_searched_apart():
     ([[]], 'expected at least one token'),
   ],
 )
-def test_senseless_prompts_are_refused(prompt, message):
-  for write in (
+def test_invalid_prompts_raise(prompt, message):
+  for decode in (
     lambda: decoding.greedy(_step, jnp.int32(0), prompt, 3),
     lambda: _search(prompt),
   ):
     with pytest.raises(ValueError, match=f'prompt: {message}'):
-      write()
+      decode()
 
 
-def test_a_prompt_may_be_a_list():
+def test_prompt_may_be_a_list():
   tokens = decoding.greedy(_step, jnp.int32(0), [[1], [4]], 2)
   np.testing.assert_array_equal(tokens, [[2, 3], [5, 6]])
 
@@ -292,7 +292,7 @@ def test_a_prompt_may_be_a_list():
     ({'num_tokens': 0}, 'num_tokens: expected 1 or more, got 0'),
   ],
 )
-def test_senseless_beams_are_refused(options, message):
+def test_invalid_beam_options_raise(options, message):
   with pytest.raises(ValueError, match=message):
     _search([[0]], **options)
 
@@ -308,6 +308,6 @@ def test_senseless_beams_are_refused(options, message):
     ({'prompt': ((), ())}, 'prompt: expected at least one token'),
   ],
 )
-def test_senseless_options_are_refused(options, message):
+def test_invalid_sampling_options_raise(options, message):
   with pytest.raises(ValueError, match=message):
     _draw(**options)

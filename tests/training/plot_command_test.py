@@ -29,7 +29,10 @@ def test_plot_draws_attention_patterns(ended, tmp_path, capsys, monkeypatch):
     'gpt/block_1/attention, head 1',
   ]
   for more, message in (
-    (['--text=the lazy', '--layers=2'], 'no 2; there are 0: gpt/block_0/att'),
+    (
+      ['--text=the lazy', '--layers=2'],
+      'layers: expected one of 0: gpt/block_0/att',
+    ),
     (['--text=the lazy', '--heads=0,2'], 'heads: expected 0 to 1, got [2]'),
     (['--text=the lazy', '--heads=a'], 'expected comma-separated numbers'),
     (['--text=' + 'the lazy' * 3], 'text: expected at most 16 tokens'),
