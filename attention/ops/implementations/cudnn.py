@@ -1,6 +1,7 @@
-"""cuDNN's attention through JAX's own function, within the contract.
+"""cuDNN's attention, through `jax.nn.dot_product_attention`.
 
-It is never the default: programs that call it compile only where the GPU is.
+It is never the default, because programs that call it compile only where a GPU
+is attached.
 """
 
 import dataclasses
@@ -11,12 +12,12 @@ import jax.numpy as jnp
 from attention.ops.implementations.base import Recomputing
 from attention.ops.masks import Band, Lengths, Mask
 
-_SIZES = 128  # channels a head at most, on all GPUs that cuDNN supports
+_MAX_SIZE = 128  # channels per head, on all GPUs that cuDNN supports
 
 
 @dataclasses.dataclass(frozen=True)
 class Cudnn(Recomputing):
-  """16 bits, no bias; causal, a causal window, key and query lengths."""
+  """16-bit dtypes; causal, causal-window and length masks, but no bias."""
 
   def refusal(self, query, key, value, options):
     size = query.shape[-1]
@@ -26,13 +27,13 @@ class Cudnn(Recomputing):
       return (
         f'expected one dtype, got {query.dtype}, {key.dtype}, {value.dtype}'
       )
-    if size % 8 or size > _SIZES or value.shape[-1] != size:
+    if size % 8 or size > _MAX_SIZE or value.shape[-1] != size:
       return (
-        'expected one size of keys and values, a multiple of 8 up to '
-        f'{_SIZES}, got {size} and {value.shape[-1]}'
+        'expected keys and values of equal size, a multiple of 8 up to '
+        f'{_MAX_SIZE}, got {size} and {value.shape[-1]}'
       )
     if min(*query.shape, *value.shape) == 0:
-      return 'an axis without positions'
+      return 'empty axes are not supported'
     for name in ('bias', 'sinks', 'dropout', 'vector', 'logit_cap'):
       if getattr(options, name) is not None:
         return f'{name} is not supported'
@@ -42,7 +43,7 @@ class Cudnn(Recomputing):
       return str(reason)
 
   def attend(self, query, key, value, options):
-    options = _translate(options.mask)
+    keywords = _translate(options.mask)
     batch, num_query = query.shape[:-3], query.shape[-3]
     shape = (*query.shape[:-1], value.shape[-1])
     flat = [x.reshape(-1, *x.shape[-3:]) for x in (query, key, value)]
@@ -50,39 +51,39 @@ class Cudnn(Recomputing):
       ('query_seq_lengths', num_query),
       ('key_value_seq_lengths', key.shape[-3]),
     ):
-      if options[name] is not None:
-        lengths = jnp.clip(jnp.asarray(options[name]), 0, length)
-        options[name] = jnp.broadcast_to(lengths, batch).reshape(-1)
+      if keywords[name] is not None:
+        lengths = jnp.clip(jnp.asarray(keywords[name]), 0, length)
+        keywords[name] = jnp.broadcast_to(lengths, batch).reshape(-1)
     output = jax.nn.dot_product_attention(
-      *flat, scale=options.scale, implementation='cudnn', **options
+      *flat, scale=options.scale, implementation='cudnn', **keywords
     ).reshape(shape)
     if options.mask is None:
       return output
-    # cuDNN gives fully masked rows a mean.
-    seen = _sees_some(options.mask, num_query, key.shape[-3])
-    return jnp.where(seen[..., None, None], output, 0)
+    # cuDNN returns a mean for fully masked rows.
+    has_key = _has_key(options.mask, num_query, key.shape[-3])
+    return jnp.where(has_key[..., None, None], output, 0)
 
   def __call__(self, query, key, value, options):
     return self.attend(query, key, value, options)
 
 
 def _translate(mask) -> dict:
-  """The mask as arguments of `jax.nn.dot_product_attention`."""
-  options = dict(
+  """Convert the mask to arguments of `jax.nn.dot_product_attention`."""
+  keywords = dict(
     is_causal=False,
     query_seq_lengths=None,
     key_value_seq_lengths=None,
     local_window_size=None,
   )
   if mask is None:
-    return options
+    return keywords
   bands = Mask(tuple(c for c in mask.conditions if isinstance(c, Band)))
   if bands.conditions:
     low, high = bands.diagonals()
     if not bands.is_band or high != 0 or (low is not None and low > 0):
-      raise NotImplementedError('of bands only causal ones are supported')
-    options['is_causal'] = True
-    options['local_window_size'] = None if low is None else (-low, 0)
+      raise NotImplementedError('only causal bands are supported')
+    keywords['is_causal'] = True
+    keywords['local_window_size'] = None if low is None else (-low, 0)
   for condition in mask.conditions:
     if isinstance(condition, Band):
       continue
@@ -91,20 +92,23 @@ def _translate(mask) -> dict:
         ('query_seq_lengths', condition.query_lengths),
         ('key_value_seq_lengths', condition.key_lengths),
       ):
-        if lengths is not None and options[name] is not None:
-          raise NotImplementedError('lengths given twice are not supported')
+        if lengths is not None and keywords[name] is not None:
+          raise NotImplementedError('repeated lengths are not supported')
         if lengths is not None:
-          options[name] = lengths
+          keywords[name] = lengths
     else:
       kind = type(condition).__name__.lower()
-      raise NotImplementedError(f'a mask of {kind} is not supported')
-  return options
+      raise NotImplementedError(f'Mask.{kind} is not supported')
+  return keywords
 
 
-def _sees_some(mask, num_query, num_key):
-  """[*b, q]: whether any key is seen; bands and lengths leave an interval."""
+def _has_key(mask, num_query, num_key):
+  """Return whether each query may attend to any key: [*b, q] bool.
+
+  Bands and lengths allow an interval of keys.
+  """
   queries = jnp.arange(num_query)
-  low, high, seen = 0, num_key - 1, True
+  low, high, is_token = 0, num_key - 1, True
   for condition in mask.conditions:
     if isinstance(condition, Band):
       if condition.low is not None:
@@ -116,5 +120,5 @@ def _sees_some(mask, num_query, num_key):
         high = jnp.minimum(high, lengths - 1)
       if condition.query_lengths is not None:
         lengths = jnp.asarray(condition.query_lengths)[..., None]
-        seen = seen & (queries < lengths)
-  return seen & (low <= high)
+        is_token = is_token & (queries < lengths)
+  return is_token & (low <= high)
