@@ -1,1 +1,1 @@
-"""Pure functions of arrays: attention, masks, positions. JAX only."""
+"""Pure functions on arrays: attention, masks, positions. JAX only."""

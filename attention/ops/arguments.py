@@ -1,4 +1,4 @@
-"""Arguments of attention: what fits, in canonical form, and what doesn't."""
+"""Validation of attention's arguments and conversion to canonical form."""
 
 import math
 
@@ -27,11 +27,11 @@ def check(
   dropout_rng=None,
   vector=None,
 ):
-  """The arguments of an attention: (query, key, value, `Call`).
+  """Check the arguments and return (query, key, value, `Options`).
 
   Raises:
-    ValueError: arguments that don't fit; says which, what was expected, what
-      came.
+    ValueError: an argument doesn't fit; the message names it and reports what
+      was expected and what was given.
   """
   query, key, value = _check_inputs(query, key, value)
   *batch, num_query, num_heads, size = query.shape
@@ -51,7 +51,7 @@ def check(
     got = jax.eval_shape(lambda: bias.to_array(1, 1)).shape
     if got[-3:-2] not in ((1,), (num_heads,)):
       raise ValueError(
-        f'bias: expected one for {num_heads} heads, got one for {got[-3]}'
+        f'bias: expected a bias for {num_heads} heads, got {got[-3]} heads'
       )
   elif bias is not None:
     bias = jnp.asarray(bias)
@@ -77,8 +77,8 @@ def check(
     scale = 1 / math.sqrt(size) if vector is None else 1.0
   if isinstance(scale, jax.core.Tracer) or not math.isfinite(scale):
     raise ValueError(
-      f'scale: expected a number, got {scale}; what is to be learnt can '
-      'multiply the query'
+      f'scale: expected a finite constant, got {scale}; multiply the query '
+      'by a learned scale instead'
     )
   if logit_cap is not None and not logit_cap > 0:
     raise ValueError(f'logit_cap: expected a positive number, got {logit_cap}')
@@ -87,14 +87,14 @@ def check(
   if dropout_rate:
     if dropout_rng is None:
       raise ValueError(
-        f'dropout_rng: expected a key, as dropout_rate={dropout_rate}, '
+        f'dropout_rng: expected a key because dropout_rate={dropout_rate}, '
         'got None; pass dropout_rng=jax.random.key(seed)'
       )
     try:
       dropout = Dropout.create(dropout_rng, dropout_rate)
     except TypeError:
       raise ValueError(
-        f'dropout_rng: expected a key of jax.random, got {dropout_rng!r}'
+        f'dropout_rng: expected a jax.random key, got {dropout_rng!r}'
       ) from None
   options = Options(
     bias=bias,
@@ -110,7 +110,7 @@ def check(
 
 def check_float(name, array):
   if array.dtype not in FLOATS:
-    hint = ' (booleans go to mask=)' if array.dtype == bool else ''
+    hint = '; pass booleans as mask=' if array.dtype == bool else ''
     raise ValueError(
       f'{name}: expected float32, bfloat16 or float16, got {array.dtype}{hint}'
     )
@@ -137,18 +137,17 @@ def _check_inputs(query, key, value):
       )
   if key.shape[-1] != query.shape[-1]:
     raise ValueError(
-      f'key: expected {query.shape[-1]} channels per head, as query has, '
+      f'key: expected {query.shape[-1]} channels per head, as in query, '
       f'got {key.shape[-1]}'
     )
   if value.shape[-3] != key.shape[-3]:
     raise ValueError(
-      f'value: expected {key.shape[-3]} positions, as key has, '
+      f'value: expected {key.shape[-3]} positions, as in key, '
       f'got {value.shape[-3]}'
     )
   if value.shape[-2] != key.shape[-2]:
     raise ValueError(
-      f'value: expected {key.shape[-2]} heads, as key has, '
-      f'got {value.shape[-2]}'
+      f'value: expected {key.shape[-2]} heads, as in key, got {value.shape[-2]}'
     )
   if not key.shape[-2] or query.shape[-2] % key.shape[-2]:
     raise ValueError(
@@ -159,7 +158,11 @@ def _check_inputs(query, key, value):
 
 
 def check_broadcast(name, got, shape, short):
-  """A mask or bias fits the logits' shape, and could not mean another axis."""
+  """Raise ValueError unless a mask or bias broadcasts to the logits' shape.
+
+  Its rank must be that of `short` or of the logits, so that no axis is
+  ambiguous.
+  """
   rank = len(shape)
   logits = f'the logits [*b, h, q, k] = {shape}'
   allowed = {len(short.split(',')), rank}

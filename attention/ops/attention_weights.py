@@ -1,4 +1,4 @@
-"""Attention's pattern: the weights themselves, of chosen heads and queries."""
+"""Attention weights of selected heads and queries."""
 
 import dataclasses
 import math
@@ -14,24 +14,24 @@ from attention.ops.masks import LEAST, MASKED
 
 
 def attention_weights(query, key, *, heads=None, queries=None, **arguments):
-  """softmax(query keyᵀ · scale + bias): the pattern, of some heads and queries.
+  """softmax(query keyᵀ · scale + bias) for selected heads and queries.
 
-  Only what is asked for is computed: rows of a pattern too large to hold. Rows
-  sum to 1; to less with sinks; to 0 where a query may see no key.
+  Only the selected rows are computed, even if the whole pattern would not fit
+  in memory. Rows sum to 1, to less than 1 with sinks, and to 0 if fully masked.
 
   Args:
     query: [*b, q, h, d].
     key: [*b, k, g, d].
-    heads: numbers of the heads wanted; all by default.
-    queries: positions of the queries wanted; all by default.
+    heads: indices of the selected heads; all by default.
+    queries: positions of the selected queries; all by default.
     **arguments: bias, mask, is_causal, scale, logit_cap and sinks of
-      `dot_product_attention`; vector, for the pattern of `additive_attention`.
+      `dot_product_attention`; vector, for the weights of `additive_attention`.
 
   Returns:
     [*b, heads, queries, k] float32.
 
   Raises:
-    ValueError: as `dot_product_attention`; a head or query that isn't there.
+    ValueError: as `dot_product_attention`; a head or query is out of range.
   """
   query, key, _, options = check(query, key, key, **arguments)
   heads = _select('heads', heads, query.shape[-2])
@@ -57,7 +57,11 @@ def _weights(query, key, options, heads, queries):
   batch = tuple(batch)
 
   def per_query(tile):
-    """Rows of a description, [rows or 1, heads or 1, queries, keys or 1]."""
+    """Selected rows of a bias or mask, from a function that returns one.
+
+    Returns:
+      [rows or 1, heads or 1, queries, keys or 1].
+    """
 
     def row(number):
       part = tile(number)
@@ -71,12 +75,12 @@ def _weights(query, key, options, heads, queries):
     x = x + per_query(lambda q: bias.tile(batch, 0, rows, q, 1, 0, num_key))
   if options.mask is not None:
     mask = options.mask.rows(batch, 0, rows)
-    seen = per_query(lambda q: mask.tile(q, 1, 0, num_key))
-    x = jnp.where(seen, x, MASKED)
+    allowed = per_query(lambda q: mask.tile(q, 1, 0, num_key))
+    x = jnp.where(allowed, x, MASKED)
   sinks = None if options.sinks is None else options.sinks[heads]
-  seen = x >= LEAST
-  pattern = reference.softmax(jnp.where(seen, x, MASKED), sinks)
-  pattern = jnp.where(seen, pattern, 0)
+  allowed = x >= LEAST
+  pattern = reference.softmax(jnp.where(allowed, x, MASKED), sinks)
+  pattern = jnp.where(allowed, pattern, 0)
   return pattern.reshape(*batch, *pattern.shape[1:])
 
 

@@ -1,4 +1,4 @@
-"""Rows of a flattened batch, out of arrays that broadcast over some of it."""
+"""Indexing of a flattened batch, for arrays that broadcast over parts of it."""
 
 import math
 
@@ -8,18 +8,22 @@ from jax import lax
 
 
 def flatten(array, trailing: int):
-  """[*b, …] with `trailing` axes behind the batch → [rows, …]."""
-  if array.ndim < trailing:  # a [q, k] mask stands for [1, q, k]
+  """Flatten the batch axes [*b, …] → [rows, …], keeping `trailing` axes."""
+  if array.ndim < trailing:  # e.g. a [q, k] mask, shared by rows and heads
     return array.reshape((1,) * (trailing - array.ndim + 1) + array.shape)
   lead = array.ndim - trailing
   return array.reshape(math.prod(array.shape[:lead]), *array.shape[lead:])
 
 
 def row_numbers(shape: tuple, batch: tuple) -> np.ndarray | None:
-  """Which row of an array of batch shape `shape` each row of `batch` reads.
+  """Map each row of `batch` to the row it reads in an array of shape `shape`.
+
+  Args:
+    shape: the array's batch shape, which broadcasts to `batch`.
+    batch: shape of the whole batch.
 
   Returns:
-    None if all rows read the same one, else integers [rows of batch].
+    None if all batch rows read the same row, else integers [rows of batch].
   """
   count = math.prod(shape)
   if count == 1:
@@ -30,14 +34,14 @@ def row_numbers(shape: tuple, batch: tuple) -> np.ndarray | None:
 
 
 def take_rows(array, trailing: int, batch: tuple, start, count: int):
-  """Rows start … start + count of the batch, [count or 1, …].
+  """Take `count` rows of the flattened batch from `start` on: [count or 1, …].
 
   Args:
     array: [*b', …] whose leading axes broadcast to `batch`.
-    trailing: axes behind the batch.
-    batch: the whole batch's shape.
+    trailing: number of axes after the batch axes.
+    batch: shape of the whole batch.
     start: first row; may be traced.
-    count: how many rows.
+    count: number of rows.
   """
   array = jnp.asarray(array)
   lead = max(array.ndim - trailing, 0)
@@ -51,7 +55,7 @@ def take_rows(array, trailing: int, batch: tuple, start, count: int):
 
 
 def take_block(array, start, size: int, axis: int):
-  """A block of an axis; an axis of one position stands for all of them."""
+  """Take a block along an axis; an axis of size 1 is kept, to broadcast."""
   if array.shape[axis] == 1 or (
     isinstance(start, int) and start == 0 and size == array.shape[axis]
   ):
@@ -60,14 +64,14 @@ def take_block(array, start, size: int, axis: int):
 
 
 def put_block(whole, block, start):
-  """`whole` with `block` in it from `start` on, indices of the first axes."""
+  """Write `block` into `whole` at `start`, its indices on the leading axes."""
   if whole.shape == block.shape:
     return block
   return lax.dynamic_update_slice(whole, block, _starts(start, whole.ndim))
 
 
 def add_block(whole, block, start):
-  """`whole` with `block` added from `start` on, indices of the first axes."""
+  """Add `block` to `whole` at `start`, its indices on the leading axes."""
   if whole.shape == block.shape:
     return whole + block
   old = lax.dynamic_slice(whole, _starts(start, whole.ndim), block.shape)
@@ -75,6 +79,6 @@ def add_block(whole, block, start):
 
 
 def _starts(start, ndim):
-  """Starts of mixed kinds, all as int32; of axes not named, 0."""
+  """Convert start indices to int32, with 0 for the remaining axes."""
   start = (*start, *(0,) * (ndim - len(start)))
   return [jnp.asarray(i, jnp.int32) for i in start]

@@ -1,7 +1,8 @@
-"""Biases as descriptions: what is added to logits, a tile at a time.
+"""Biases that are added to the logits one tile at a time.
 
-A bias gives any tile of itself, and gathers its own gradient tile by tile, at
-its own size. To attention they are all alike: arrays, ALiBi, T5's buckets.
+A bias computes any tile of itself and accumulates its gradient tile by tile, in
+the shape of its own parameters. Arrays, ALiBi and T5's buckets share this
+interface.
 """
 
 import dataclasses
@@ -15,41 +16,42 @@ from attention.ops.softmax import FLOATS
 
 
 class Bias:
-  """What an implementation asks of a bias; a pytree of its parameters."""
+  """The interface of biases; a bias is a pytree of its parameters."""
 
   def to_array(self, num_query: int, num_key: int) -> jax.Array:
-    """All of it, broadcastable to the logits [*b, h, q, k]."""
+    """Return the whole bias, broadcastable to the logits [*b, h, q, k]."""
     raise NotImplementedError
 
   def tile(self, batch, row, rows, query, num_query, key, num_key):
-    """A tile, broadcastable to [rows, h, num_query, num_key].
+    """Return a tile, broadcastable to [rows, h, num_query, num_key].
 
     Args:
       batch: shape of the whole batch, *b.
-      row: first row of the flattened batch; may be traced, as other starts.
-      rows: how many.
+      row: first row of the flattened batch; may be traced, like `query` and
+        `key`.
+      rows: number of rows.
       query: first query.
-      num_query: how many.
+      num_query: number of queries.
       key: first key.
-      num_key: how many.
+      num_key: number of keys.
     """
     raise NotImplementedError
 
   def zero_gradient(self):
-    """What `add_gradient` begins with."""
+    """Return the initial value for `add_gradient` to accumulate into."""
     raise NotImplementedError
 
   def add_gradient(self, gradient, d_tile, batch, row, query, key):
-    """Adds a tile's share; d_tile: float32 [rows, h, q, k]."""
+    """Accumulate a tile's gradient; d_tile: float32 [rows, h, q, k]."""
     raise NotImplementedError
 
   def finish_gradient(self, gradient) -> 'Bias':
-    """The gradient as a pytree like the bias itself."""
+    """Return the accumulated gradient as a pytree like the bias itself."""
     raise NotImplementedError
 
 
 def _sum_rows(x):
-  """[r, …] → [1, …] by halves: on CPU XLA's own sum is far slower."""
+  """Sum [r, …] → [1, …] by halving; XLA's own sum is far slower on CPU."""
   total = jnp.zeros((), x.dtype)
   while len(x) > 1:
     half = len(x) // 2
@@ -80,7 +82,7 @@ class ArrayBias(Bias):
   def add_gradient(self, gradient, d_tile, batch, row, query, key):
     numbers = batching.row_numbers(self.array.shape[:-3], batch)
     rows, _, num_query, num_key = d_tile.shape
-    # Axes that the bias has once only are summed over.
+    # Sum over the axes along which the bias broadcasts.
     whole = (1 if numbers is None else rows, *gradient.shape[1:])
     if whole[0] == 1:
       d_tile = _sum_rows(d_tile)
@@ -94,7 +96,7 @@ class ArrayBias(Bias):
     if numbers is not None and len(gradient) == len(numbers):
       start[0] = row
     elif numbers is not None:
-      # Rows share entries in some other pattern: one after another.
+      # Some rows share an entry of the bias, so they are added one by one.
       for i in range(rows):
         at = [jnp.asarray(numbers)[row + i], *start[1:]]
         gradient = batching.add_block(gradient, d_tile[i : i + 1], at)
@@ -107,21 +109,21 @@ class ArrayBias(Bias):
 
 
 class Relative(Bias):
-  """A function of key - query and of a few parameters."""
+  """A bias that is a function of key - query and a few parameters."""
 
   def at(self, distance) -> jax.Array:
-    """[h, q, k] of distances [q, k]."""
+    """Return the bias [h, q, k] at distances [q, k]."""
     raise NotImplementedError
 
   def to_array(self, num_query, num_key):
     return self._block(0, num_query, 0, num_key)
 
   def by_distance(self, num_query: int, num_key: int) -> jax.Array:
-    """[h or 1, q + k - 1] float32, of distances from 1 - q to k - 1."""
+    """Return [h or 1, q + k - 1] float32 for distances 1 - q to k - 1."""
     return self.at(jnp.arange(1 - num_query, num_key)[None])[:, 0]
 
   def distance_gradient(self, gradient, num_query: int, num_key: int):
-    """The bias's own gradient, of `by_distance`'s."""
+    """Convert the gradient of `by_distance` to that of the bias."""
     exact = jax.tree.map(lambda x: x.astype(jnp.float32), self)
     _, vjp = jax.vjp(lambda bias: bias.by_distance(num_query, num_key), exact)
     return self.finish_gradient(vjp(gradient)[0])
@@ -143,7 +145,7 @@ class Relative(Bias):
       lambda bias: bias._block(query, d_tile.shape[1], key, d_tile.shape[2]),
       exact,
     )
-    if len(block) == 1:  # for all heads
+    if len(block) == 1:  # shared by all heads
       d_tile = d_tile.sum(0, keepdims=True)
     return jax.tree.map(jnp.add, gradient, vjp(d_tile)[0])
 
@@ -166,7 +168,7 @@ class Alibi(Relative):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RelativeBuckets(Relative):
-  """An entry of a learned table for each bucket of distances (T5)."""
+  """A learned table with an entry per head and bucket of distances (T5)."""
 
   table: object  # [num_buckets, h]
   num_buckets: int = dataclasses.field(metadata={'static': True})
@@ -180,7 +182,7 @@ class RelativeBuckets(Relative):
     return jnp.einsum('...n,nh->h...', one_hot, table)
 
   def buckets(self, distance):
-    """Numbers in [0, num_buckets) for distances key - query."""
+    """Map distances key - query to buckets in [0, num_buckets)."""
     count, offset = self.num_buckets, 0
     if self.is_bidirectional:
       count //= 2
@@ -188,7 +190,7 @@ class RelativeBuckets(Relative):
       distance = jnp.abs(distance)
     else:
       distance = jnp.maximum(-distance, 0)
-    # Half of them for near distances, one each; the others wider and wider.
+    # Half of the buckets hold one near distance each; the others widen.
     near = count // 2
     ratio = jnp.maximum(distance, 1).astype(jnp.float32) / near
     far = jnp.log(ratio) / math.log(self.max_distance / near) * (count - near)
@@ -197,20 +199,20 @@ class RelativeBuckets(Relative):
 
 
 def alibi(num_heads: int) -> Alibi:
-  """ALiBi (Press et al. 2022): logits fall linearly with distance.
+  """Create ALiBi, a bias linear in the distance (Press et al. 2022).
 
-  Slopes are a geometric sequence from 2^(-8/h) down; for head counts that are
-  no power of two, every other slope of the next power fills up, as the paper's
-  code has it.
+  The slopes are a geometric sequence that falls from 2^(-8/h). If h is not a
+  power of two, every other slope of the next power fills the remaining heads,
+  as in the paper's code.
 
   Args:
-    num_heads: heads, h.
+    num_heads: number of heads, h.
 
   Returns:
-    A bias for `dot_product_attention`, its slopes [h] float32 a leaf.
+    A bias for `dot_product_attention`, whose slopes [h] float32 are a leaf.
 
   Raises:
-    ValueError: no heads.
+    ValueError: num_heads is less than 1.
   """
   if num_heads < 1:
     raise ValueError(f'num_heads: expected 1 or more, got {num_heads}')
@@ -229,20 +231,21 @@ def relative_buckets(
   max_distance: int = 128,
   is_bidirectional: bool = True,
 ) -> RelativeBuckets:
-  """T5's relative position bias (Raffel et al. 2020, section 2.1).
+  """Create T5's relative position bias (Raffel et al. 2020, section 2.1).
 
   Args:
     table: [num_buckets, h] learned biases, float32, bfloat16 or float16.
-    num_buckets: half of them (a quarter a side if bidirectional) for near
-      distances, one each; the rest grow logarithmically.
-    max_distance: at and past it, all distances share the last bucket.
-    is_bidirectional: whether keys after the query have buckets of their own.
+    num_buckets: half of the buckets (a quarter per direction if bidirectional)
+      hold one near distance each; the others are spaced logarithmically.
+    max_distance: distances from here on share the last bucket.
+    is_bidirectional: whether keys after the query have separate buckets.
 
   Returns:
-    A bias for `dot_product_attention`; the table gets a gradient.
+    A bias for `dot_product_attention`, differentiable in the table.
 
   Raises:
-    ValueError: a table of another shape, or senseless numbers.
+    ValueError: the table has another shape or dtype, or num_buckets or
+      max_distance is too small.
   """
   table = jnp.asarray(table)
   if table.ndim != 2 or len(table) != num_buckets:

@@ -1,8 +1,8 @@
-"""Keys and values remembered, so that each token is computed once.
+"""Key-value caches for decoding, so that each token is computed once.
 
-A cache has buffers of constant shape, so that a loop over tokens compiles once
-and writes into them in place. Rows of a batch are aligned at their ends: those
-with less to remember begin with padding, and all write to the same slot.
+A cache has buffers of constant shape, so a decoding loop compiles once and
+writes into them in place. Batch rows are right-aligned: shorter rows begin with
+padding, and all rows write to the same slot.
 """
 
 import dataclasses
@@ -17,67 +17,71 @@ from attention.ops import arguments
 from attention.ops.biases import ArrayBias, Bias
 from attention.ops.masks import Mask
 
-_AXES = -1, -2  # of the slots, in a cache's key and value
+_AXES = -1, -2  # slot axes of a cache's key and value
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-  """What self-attention has seen so far.
+  """The keys and values of previous tokens in self-attention.
 
-  It begins without buffers; the first keys and values tell their shapes.
+  A new cache has no buffers; the first keys and values determine their shapes.
   """
 
   capacity: int = dataclasses.field(metadata={'static': True})  # slots, n
-  start: object = None  # [*b] int32: slots before it are padding; None: none
-  length: object = 0  # [] int32: slots in use, of every row
-  # As the products of few queries want them: none has to transpose a buffer.
+  start: object = None  # [*b] int32: slots before it are padding; or None
+  length: object = 0  # [] int32: slots in use, in every row
+  # In these layouts, products with few queries need no transposed buffers.
   key: object = None  # [*b, g, d, n]
   value: object = None  # [*b, g, n, e]
 
   @classmethod
   def create(cls, capacity: int, start=None) -> 'Cache':
-    """An empty one.
+    """Create an empty cache.
 
     Args:
-      capacity: slots; a prompt with its padding, and all tokens that are fed
-        after it, must not be more. Not checked while tokens come: what is
-        written past the end overwrites the last slots.
-      start: [*b] ints, how much padding each row begins with; None for none.
+      capacity: number of slots, for the padded prompt and all tokens that
+        follow. Overflow is not checked during decoding: writes past the end
+        overwrite the last slots.
+      start: [*b] ints, the number of padding tokens at the start of each row;
+        None for no padding.
 
     Raises:
-      ValueError: a capacity below 1.
+      ValueError: the capacity is below 1.
     """
     if capacity < 1:
       raise ValueError(f'capacity: expected 1 or more, got {capacity}')
     return cls(capacity, None if start is None else jnp.asarray(start))
 
   def positions(self, count: int) -> jax.Array:
-    """Where the next `count` tokens stand, [count] or [*b, count]; from 0."""
+    """Return the next `count` tokens' positions: [count] or [*b, count].
+
+    Positions count from 0 at the first token after the padding.
+    """
     slots = self.length + jnp.arange(count)
     if self.start is None:
       return slots
     return jnp.maximum(slots - self.start[..., None], 0)
 
   def extend(self, key, value, mask=None, bias=None):
-    """Remembers more, and says what the queries beside it attend to.
+    """Append keys and values, and return the arguments of their attention.
 
-    Masks and biases speak of slots: query i is the i-th of the whole sequence.
-    Arrays are of all slots; beside the first tokens, of those tokens alone if
-    need be.
+    Masks and biases index slots: query i is the i-th of the whole sequence.
+    Mask and bias arrays cover all slots; with the first tokens, they may cover
+    only those tokens.
 
     Args:
-      key: [*b, t, g, d] of the next t tokens.
+      key: [*b, t, g, d], for the next t tokens.
       value: [*b, t, g, e].
       mask: see `dot_product_attention`.
-      bias: likewise.
+      bias: see `dot_product_attention`.
 
     Returns:
-      The cache after them, and (key, value, mask, bias) for
+      The extended cache, and (key, value, mask, bias) for
       `dot_product_attention`.
 
     Raises:
-      ValueError: more tokens than slots, or arrays that don't fit.
+      ValueError: there are more tokens than slots, or arrays don't fit.
     """
     count, batch = key.shape[-3], key.shape[:-3]
     if count > self.capacity:
@@ -105,7 +109,7 @@ class Cache:
         (self.key, self.value),
         new,
         self.length,
-        cpu=_write_apart,
+        cpu=_write_in_loop,
         default=_write,
       )
     extended = dataclasses.replace(
@@ -129,58 +133,58 @@ class Cache:
     if self.key is None and max(got[-2:], default=1) == count:
       size = count
     if len(got) > 2:
-      heads = got[-3]  # for attention to check, which knows the queries'
+      heads = got[-3]  # attention checks it against the query's heads
     shape = (*batch, heads, size, size)
     arguments.check_broadcast(name, got, shape, short)
 
   def _mask(self, mask, num_query, num_key):
     slots = jnp.arange(num_key)
-    seen = None
+    allowed = None
     if self.start is not None:
-      seen = (slots >= self.start[..., None])[..., None, None, :]
+      allowed = (slots >= self.start[..., None])[..., None, None, :]
     if self.key is None:
-      # The whole sequence so far: descriptions hold as they are.
+      # The tokens start the sequence, so conditions on positions hold as is.
       if mask is not None and mask.has_positions:
         mask = Mask.dense(mask.tile(0, num_query, 0, num_key))
-      if seen is None:
+      if allowed is None:
         return mask
-      return Mask.dense(seen) if mask is None else mask & Mask.dense(seen)
+      return Mask.dense(allowed) if mask is None else mask & Mask.dense(allowed)
     is_used = (slots < self.length + num_query)[None]
-    seen = is_used if seen is None else seen & is_used
+    allowed = is_used if allowed is None else allowed & is_used
     if mask is not None:
-      seen = seen & mask.tile(self.length, num_query, 0, num_key)
-    return Mask.dense(seen)
+      allowed = allowed & mask.tile(self.length, num_query, 0, num_key)
+    return Mask.dense(allowed)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class CrossCache:
-  """Keys and values of a context, computed once."""
+  """Cross-attention's keys and values of a context, computed once."""
 
   key: object = None  # [*b, k, g, d]
   value: object = None  # [*b, k, g, e]
 
 
 def align(sequences, length: int | None = None):
-  """A batch of prompts of different lengths, aligned at their ends.
+  """Right-align prompts of different lengths in one batch.
 
   Args:
-    sequences: of token ids, each with at least one.
-    length: of the batch's rows; the longest sequence's by default.
+    sequences: sequences of token ids, each with at least one token.
+    length: length of the batch rows; by default that of the longest sequence.
 
   Returns:
-    tokens [b, length] int32, each row padded before its first token with copies
-    of that; start [b] int32, where the first token is.
+    tokens [b, length] int32, each row left-padded with copies of its first
+    token; start [b] int32, the index of the first token.
 
   Raises:
-    ValueError: an empty sequence, or one that is too long.
+    ValueError: a sequence is empty or too long.
   """
   lengths = np.array([len(s) for s in sequences], np.int32)
   length = max(lengths, default=1) if length is None else length
   for row, n in enumerate(lengths):
     if not 1 <= n <= length:
       raise ValueError(
-        f'sequences: expected 1 to {length} tokens in each, got {n} in {row}'
+        f'sequences: expected 1 to {length} tokens each, got {n} in row {row}'
       )
   rows = [
     np.pad(np.asarray(s, np.int32), (length - n, 0), mode='edge')
@@ -190,22 +194,22 @@ def align(sequences, length: int | None = None):
 
 
 def _write(buffers, new, at):
-  """Both buffers with the new keys and values in the slots from `at` on."""
+  """Write the new keys and values into both buffers from slot `at` on."""
   return tuple(
     lax.dynamic_update_slice_in_dim(buffer, x.astype(buffer.dtype), at, axis)
     for buffer, x, axis in zip(buffers, new, _AXES, strict=True)
   )
 
 
-def _write_apart(buffers, new, at):
-  """`_write` as a loop of one turn.
+def _write_in_loop(buffers, new, at):
+  """Run `_write` in a loop of one iteration.
 
-  For a batch of one XLA on CPU would put the update into every kernel that
-  reads a buffer, and copy the buffer for each. It leaves loops alone that it
-  can't count.
+  For a batch of one, XLA on CPU would otherwise fuse the update into every
+  kernel that reads a buffer, and copy the buffer for each. It does not optimise
+  loops with an unknown number of iterations this way.
   """
-  turns = jnp.where(at >= 0, 1, 0)
-  return lax.fori_loop(0, turns, lambda _, x: _write(x, new, at), buffers)
+  count = jnp.where(at >= 0, 1, 0)
+  return lax.fori_loop(0, count, lambda _, x: _write(x, new, at), buffers)
 
 
 def _pad(x, length, axis):
@@ -215,7 +219,7 @@ def _pad(x, length, axis):
 
 
 def _bias_tile(bias, batch, query, num_query, num_key):
-  """Rows of a bias from a query on, of the logits' rank."""
+  """Return a bias's rows from `query` on, with the rank of the logits."""
   tile = bias.tile(batch, 0, math.prod(batch), query, num_query, 0, num_key)
   lead = batch if tile.shape[0] > 1 else (1,) * len(batch)
   return tile.reshape(*lead, *tile.shape[1:])

@@ -1,4 +1,4 @@
-"""Attention: the public functions over arrays."""
+"""Public attention functions on arrays."""
 
 import jax
 import jax.numpy as jnp
@@ -26,38 +26,39 @@ def dot_product_attention(
 ):
   """softmax(query keyᵀ · scale + bias) value (Vaswani et al. 2017, eq. 1).
 
-  The softmax and all sums are in float32. A query that may see no key returns
-  zeros and passes no gradient on.
+  The softmax and all sums are in float32. Fully masked rows return zeros and
+  have zero gradients.
 
   Args:
     query: [*b, q, h, d]; float32, bfloat16 or float16.
-    key: [*b, k, g, d]; g divides h: each key head serves h / g query heads.
+    key: [*b, k, g, d]; g divides h, and h / g query heads share a key head.
     value: [*b, k, g, e].
-    bias: added to the logits: [h, q, k], or of the logits' rank and
-      broadcastable to [*b, h, q, k]; or a description: `alibi`,
-      `relative_buckets`. A key with less than -5e29, such as -inf, is masked.
-    mask: True = may attend: a `Mask`, or a boolean array, [q, k] or of the
+    bias: added to the logits: an array [h, q, k], or one of the logits' rank
+      that broadcasts to [*b, h, q, k]; or an `alibi` or `relative_buckets`
+      bias. Keys with a bias below -5e29, such as -inf, are masked.
+    mask: a `Mask`, or a boolean array (True = may attend), [q, k] or of the
       logits' rank and broadcastable to [*b, h, q, k].
-    is_causal: query i sees keys j <= i; joined with `mask` by AND.
+    is_causal: whether query i attends only to keys j <= i, in addition to
+      `mask`.
     scale: factor of the logits; 1/√d by default.
-    logit_cap: c · tanh(logits / c), before bias and mask.
-    sinks: [h], an extra logit a head that takes weight and gives no value
+    logit_cap: c, to cap logits by c · tanh(logits / c) before bias and mask.
+    sinks: [h], an extra logit per head that takes weight but has no value
       (OpenAI 2025, gpt-oss model card).
     dropout_rate: probability of dropping a weight, in [0, 1).
-    dropout_rng: a key of `jax.random`; needed if dropout_rate > 0.
-    implementation: a name ('fused', 'chunked', 'reference', 'cudnn'), names in
-      order of preference, or None: the best for the platform that the program
-      is lowered for, out of the first three.
+    dropout_rng: a `jax.random` key; required if dropout_rate > 0.
+    implementation: a name ('fused', 'chunked', 'reference' or 'cudnn'), names
+      in order of preference, or None for the best of the first three on the
+      platform that the program is lowered for.
 
   Returns:
     [*b, q, h, e] in the dtype of `query`.
 
   Raises:
-    ValueError: arguments that don't fit; says which, what was expected, what
-      came.
-    NotImplementedError: no implementation that is named can compute the call;
-      says why. Where that depends on the platform, it is raised when the
-      program is lowered for that platform.
+    ValueError: an argument doesn't fit; the message names it and reports what
+      was expected and what was given.
+    NotImplementedError: no named implementation supports the arguments; the
+      message gives the reasons. If this depends on the platform, the error is
+      raised when the program is lowered for that platform.
   """
   query, key, value, options = check(
     query,
@@ -80,12 +81,12 @@ def additive_attention(
 ):
   """softmax(vectorᵀ tanh(query + key)) value (Bahdanau et al. 2015, A.1.2).
 
-  Query and key are projected already; Luong et al. (2015) write the same as
-  vᵀ tanh(W [query; key]), "concat".
+  Query and key are already projected. Luong et al. (2015) write the same
+  similarity as vᵀ tanh(W [query; key]), "concat".
 
   Args:
     query: [*b, q, h, d] float32, bfloat16 or float16.
-    key: [*b, k, g, d], g dividing h.
+    key: [*b, k, g, d]; g divides h.
     value: [*b, k, g, e].
     vector: [h, d].
     implementation: as in `dot_product_attention`.
@@ -104,23 +105,24 @@ def additive_attention(
 
 
 def explain(query, key, value, *, platform=None, **arguments) -> list:
-  """Which implementation a call dispatches to, and why not to the others.
+  """Report which implementation a call dispatches to, and why not to others.
+
+  Nothing is computed, so query, key and value may be `jax.ShapeDtypeStruct`s.
 
   Args:
-    query: as in `dot_product_attention`, as are key, value and all other
-      arguments; query, key and value may be `jax.ShapeDtypeStruct`s, as
-      nothing is computed.
-    key: see above.
-    value: see above.
-    platform: 'cpu', 'cuda', 'rocm' or 'tpu', whether it is here or not; by
+    query: as in `dot_product_attention`.
+    key: as in `dot_product_attention`.
+    value: as in `dot_product_attention`.
+    platform: 'cpu', 'cuda', 'rocm' or 'tpu', which need not be attached; by
       default that of this process.
-    **arguments: see above.
+    **arguments: as in `dot_product_attention`.
 
   Returns:
-    A list of (implementation, 'chosen', 'not needed' or why not).
+    A list of pairs (implementation, status): 'chosen', 'not needed' or the
+    reason why the implementation can't be used.
 
   Raises:
-    ValueError: as `dot_product_attention`; an unknown platform.
+    ValueError: as `dot_product_attention`; the platform is unknown.
   """
   platform = canonical(platform) if platform else default_platform()
   names = names_of(arguments.pop('implementation', None))
@@ -140,16 +142,16 @@ def explain(query, key, value, *, platform=None, **arguments) -> list:
 
 
 def self_attention(x):
-  """softmax(x xᵀ) x: attention in its basic form, without parameters.
+  """softmax(x xᵀ) x: basic self-attention, without parameters.
 
   Args:
     x: [*b, t, m] float32, bfloat16 or float16.
 
   Returns:
-    [*b, t, m]: each row a mean of the rows it resembles.
+    [*b, t, m]: each row is a mean of all rows, weighted by similarity.
 
   Raises:
-    ValueError: fewer than two axes, or another dtype.
+    ValueError: `x` has fewer than two axes or another dtype.
   """
   x = jnp.asarray(x)
   if x.ndim < 2:

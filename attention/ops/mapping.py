@@ -1,12 +1,13 @@
-"""A function of rows, some rows at a time, computed anew in the backward pass.
+"""Map a function over blocks of rows, recomputing it in the backward pass.
 
-What lies between a layer's input and output then exists for a few rows only.
-The loop matters: XLA on CPU begins recomputation outside of loops as soon as it
-can, for all layers at once, and memory is not saved (measured). On GPUs and
-TPUs a barrier is enough, for layers small enough to be computed whole.
+A layer's intermediate arrays then exist for only a few rows at a time. The loop
+is essential on CPU: outside loops, XLA starts the recomputation of all layers
+as early as it can, which saves no memory (measured). On GPUs and TPUs, an
+optimisation barrier is enough for layers that are small enough to be computed
+whole.
 
-Blocks are cut by platform, as the pieces of ops/chunked are. What is cut has no
-second derivative.
+Block sizes depend on the platform, as in the chunked implementation. Functions
+that are split into blocks have no second derivative.
 """
 
 import dataclasses
@@ -20,28 +21,28 @@ from jax import lax
 
 from attention.ops.platforms import PLATFORMS, by_platform
 
-_POSITIONS = 2048  # rows times their length at a time on CPUs, for caches
-# Elsewhere, bytes of the largest array that the function makes of a block: its
-# kernels take longer than it takes to start them.
+_POSITIONS = 2048  # rows × length per block on CPUs, to fit their caches
+# On other platforms, bytes of a block's largest intermediate array: enough for
+# kernels to run longer than it takes to launch them.
 _LARGE = 2**26
 
 
 def map_rows(function, shared, *arrays, axis=0, is_whole=False):
-  """function(shared, *arrays), some of the arrays' rows at a time.
+  """Compute function(shared, *arrays) for some rows at a time.
 
   Args:
-    function: takes `shared` and a block of rows of every array, returns a
-      pytree of arrays with as many rows; no row depends on another. It is
-      traced for two sizes of blocks.
-    shared: pytree of float arrays, read by all rows; their gradient is summed
-      up over blocks in float32.
-    *arrays: [rows, length, …]; the first is of floats. Only those of floats
-      have a gradient.
-    axis: where the rows are, 0 or 1, in arrays and outputs: [length, rows, …].
-    is_whole: all rows at once, with nothing computed anew.
+    function: takes `shared` and a block of rows of every array, and returns a
+      pytree of arrays with as many rows. Rows must not depend on each other.
+      It is traced for two block sizes.
+    shared: pytree of float arrays, used by all rows; their gradients are
+      accumulated over blocks in float32.
+    *arrays: [rows, length, …]; the first must have a float dtype. Only float
+      arrays have gradients.
+    axis: the row axis of arrays and outputs: 0, or 1 for [length, rows, …].
+    is_whole: whether to compute all rows at once, without recomputation.
 
   Returns:
-    What `function` returns, for all rows.
+    The outputs of `function` for all rows.
   """
   count, length = arrays[0].shape[axis], arrays[0].shape[1 - axis]
   few = max(1, _POSITIONS // max(1, length))
@@ -51,10 +52,13 @@ def map_rows(function, shared, *arrays, axis=0, is_whole=False):
   def loop(rows):
     size = math.ceil(count / math.ceil(count / rows))
     examples = [lax.slice_in_dim(x, 0, size, axis=axis) for x in arrays]
-    # The backward pass comes when Haiku's modules can't be called any more.
+    # Trace now: Haiku modules can't be called in the backward pass.
     traced, consts = jax.closure_convert(function, shared, *examples)
     if consts:
-      raise ValueError('function: expected no arrays but its arguments')
+      raise ValueError(
+        f'function: expected no closed-over arrays, got {len(consts)}; pass '
+        'them in shared'
+      )
     return _Loop(traced, axis, size, count)
 
   cpu = loop(few)
@@ -86,17 +90,17 @@ _map_rows.defvjp(_forward, _backward)
 
 
 def _floats(arrays):
-  """None for those that are not of floats."""
+  """Replace arrays without a float dtype by None."""
   return tuple(
     x if jnp.issubdtype(x.dtype, jnp.floating) else None for x in arrays
   )
 
 
 def _buffers(arrays, probe):
-  """Arrays of the same shapes, to be overwritten.
+  """Allocate arrays of the same shapes, to be overwritten.
 
-  Filled with some number that is computed just before: memory for zeros, which
-  wait for nothing, would be taken at the program's start.
+  They hold a number of `probe`, which is computed just before. Zeros depend on
+  nothing, so XLA would allocate them at the start of the program.
   """
   return jax.tree.map(
     lambda x: jnp.broadcast_to(probe.ravel()[0].astype(x.dtype), x.shape),
@@ -106,21 +110,21 @@ def _buffers(arrays, probe):
 
 @dataclasses.dataclass(frozen=True)
 class _Loop:
-  """`map_rows` and its gradient, as a platform computes them."""
+  """`map_rows` and its gradient for the block size of one platform."""
 
   function: Callable  # traced for blocks of `size` rows
   axis: int
   size: int
-  count: int  # rows in all
+  count: int  # total rows
 
   def bytes_of_row(self, shared, arrays):
-    """A row's share of the largest array that the function makes."""
+    """Return the bytes per row of the function's largest intermediate array."""
     jaxpr = jax.make_jaxpr(self.function)(shared, *self._take(arrays, 0))
     made = (x.aval for equation in jaxpr.eqns for x in equation.outvars)
     return max(x.size * x.dtype.itemsize for x in made) // self.size
 
   def shapes(self, shared, arrays):
-    """What `forward` returns."""
+    """Return the shapes and dtypes of `forward`'s outputs."""
 
     def of_all_rows(x):
       shape = list(x.shape)
@@ -137,12 +141,12 @@ class _Loop:
       return self._put(outputs, blocks, start)
 
     buffers = _buffers(self.shapes(shared, arrays), arrays[0])
-    return lax.fori_loop(0, self._number, step, buffers)
+    return lax.fori_loop(0, self._num_blocks, step, buffers)
 
   def backward(self, shared, arrays, d_outputs):
-    """Gradients of `shared` and of the arrays of floats."""
-    if self._number == 1:
-      # Without, XLA would keep what the forward pass computed.
+    """Return the gradients of `shared` and of the float arrays."""
+    if self._num_blocks == 1:
+      # Without it, XLA would keep intermediate arrays of the forward pass.
       arrays, d_outputs = lax.optimization_barrier((arrays, d_outputs))
 
     def step(number, carry):
@@ -152,7 +156,7 @@ class _Loop:
       d_blocks = self._take(d_outputs, start)
       is_ragged = self.count % self.size
       if is_ragged:
-        # Rows that the block before has done: no share in sums, kept as are.
+        # The last block overlaps its predecessor: count these rows only once.
         is_new = start + jnp.arange(self.size) >= number * self.size
         zeros = jax.tree.map(jnp.zeros_like, d_blocks)
         d_blocks = self._where(is_new, d_blocks, zeros)
@@ -167,17 +171,18 @@ class _Loop:
 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shared)
     buffers = _buffers(_floats(arrays), jax.tree.leaves(d_outputs)[0])
-    d_arrays, d_shared = lax.fori_loop(0, self._number, step, (buffers, zeros))
+    d_arrays, d_shared = lax.fori_loop(
+      0, self._num_blocks, step, (buffers, zeros)
+    )
     d_shared = jax.tree.map(lambda d, x: d.astype(x.dtype), d_shared, shared)
     return d_shared, d_arrays
 
   @property
-  def _number(self):
-    """How many blocks there are."""
+  def _num_blocks(self):
     return math.ceil(self.count / self.size)
 
   def _start(self, number):
-    """Where a block begins: the last earlier, if ragged."""
+    """Return a block's first row; the last block starts early if ragged."""
     return jnp.minimum(number * self.size, self.count - self.size)
 
   def _take(self, arrays, start):

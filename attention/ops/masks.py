@@ -1,4 +1,4 @@
-"""Masks as descriptions: who may attend to whom, without the [q, k] array."""
+"""Masks as conditions on positions, without the [q, k] array."""
 
 import dataclasses
 import math
@@ -9,33 +9,36 @@ import numpy as np
 
 from attention.ops.batching import take_block, take_rows
 
-# Added to logits that are masked, where a select would cost more; finite, so
-# that a row of nothing else is no NaN. A logit below LEAST is seen by nobody,
-# be it for a mask or for a bias.
+# Added to masked logits where a select would cost more; finite, so that fully
+# masked rows are not NaN. Logits below LEAST are masked, whether because of a
+# mask or of a bias.
 MASKED = -1e30
 LEAST = MASKED / 2
 
 
 def _expand(value):
-  """Per-batch numbers [*b] get the axes of the logits: [*b, 1, 1, 1]."""
+  """Append the axes of the logits to numbers per batch row: [*b, 1, 1, 1]."""
   return jnp.asarray(value)[..., None, None, None] if np.ndim(value) else value
 
 
-def _within(length, other_first, other_length):
-  """What is seen below `length`: nothing if the others lie past theirs."""
+def _length_range(length, other_first, other_length):
+  """Bounds (None, high) of positions below `length`.
+
+  The range is empty if the others, from `other_first` on, are all padding.
+  """
   high = None if length is None else length - 1
   if other_length is None:
     return None, high
   high = 2**30 if high is None else high
   is_past = jnp.asarray(other_first >= other_length)
-  # No select of -1 or 2^30: Triton's would give a boolean.
+  # Arithmetic, because a select of -1 or high returns a boolean in Triton.
   return None, high - is_past.astype(jnp.int32) * (high + 1)
 
 
 class Condition:
-  """One part of a mask: ints and None are static, everything else is a leaf."""
+  """One part of a mask; ints and None are static, other fields are leaves."""
 
-  trailing = 0  # axes of its arrays behind the batch
+  trailing = 0  # axes of its arrays after the batch axes
 
   def __init_subclass__(cls):
     dataclasses.dataclass(frozen=True)(cls)
@@ -52,7 +55,7 @@ class Condition:
 
   @classmethod
   def _unflatten(cls, static, leaves):
-    # Past __init__: JAX puts objects of its own in place of the leaves.
+    # Bypass __init__: JAX may put placeholder objects in place of leaves.
     leaves = iter(leaves)
     self = object.__new__(cls)
     for field, (is_static, value) in zip(
@@ -63,33 +66,34 @@ class Condition:
     return self
 
   def at(self, queries, keys):
-    """The condition on positions, two integer arrays that broadcast."""
+    """Evaluate the condition at positions, integer arrays that broadcast."""
     raise NotImplementedError
 
   def tile(self, query, num_query, key, num_key):
-    """The condition on a block of the logits, broadcastable to it."""
+    """Evaluate the condition on a block of logits; broadcastable to it."""
     queries = (query + jnp.arange(num_query))[:, None]
     return self.at(queries, key + jnp.arange(num_key))
 
   def key_range(self, first, last):
-    """(low, high): queries first … last see no key outside low … high.
+    """Return (low, high): queries first … last attend only to these keys.
 
-    None is no bound. Numbers may be traced; the condition is one row's.
+    None means no bound. Bounds may be traced. Only conditions of a single batch
+    row support this.
     """
     del first, last
     return None, None
 
   def query_range(self, first, last):
-    """(low, high): keys first … last are seen by queries low … high only."""
+    """Return (low, high): only these queries attend to keys first … last."""
     del first, last
     return None, None
 
   def diagonals(self):
-    """Static (low, high): keys outside query + [low, high] are never seen."""
+    """Return static bounds: keys outside query + [low, high] are masked."""
     return None, None
 
   def check(self, batch, num_query, num_key):
-    """Raises ValueError for arrays that don't fit the logits."""
+    """Raise ValueError if arrays don't fit the logits."""
     for field in dataclasses.fields(self):
       shape = np.shape(getattr(self, field.name))
       if not _is_broadcastable(shape, batch):
@@ -99,26 +103,26 @@ class Condition:
         )
 
   def rows(self, batch, start, count):
-    """The condition on some rows of the flattened batch."""
+    """Return the condition of `count` rows of the flattened batch."""
     leaves, tree = jax.tree.flatten(self)
     leaves = [take_rows(x, self.trailing, batch, start, count) for x in leaves]
     return jax.tree.unflatten(tree, leaves)
 
 
 class Band(Condition):
-  """low <= key - query <= high; None is no bound."""
+  """Allows low <= key - query <= high; None means no bound."""
 
   low: object
   high: object
 
   def at(self, queries, keys):
     distance = keys - queries
-    seen = True
+    allowed = True
     if self.low is not None:
-      seen = seen & (distance >= _expand(self.low))
+      allowed = allowed & (distance >= _expand(self.low))
     if self.high is not None:
-      seen = seen & (distance <= _expand(self.high))
-    return jnp.ones((1, 1), bool) if seen is True else seen
+      allowed = allowed & (distance <= _expand(self.high))
+    return jnp.ones((1, 1), bool) if allowed is True else allowed
 
   def key_range(self, first, last):
     return (
@@ -139,28 +143,28 @@ class Band(Condition):
 
 
 class Lengths(Condition):
-  """Queries and keys at and past their lengths see and are seen by none."""
+  """Masks queries and keys at and past their lengths."""
 
   query_lengths: object
   key_lengths: object
 
   def at(self, queries, keys):
-    seen = True
+    allowed = True
     if self.query_lengths is not None:
-      seen = seen & (queries < _expand(self.query_lengths))
+      allowed = allowed & (queries < _expand(self.query_lengths))
     if self.key_lengths is not None:
-      seen = seen & (keys < _expand(self.key_lengths))
-    return jnp.ones((1, 1), bool) if seen is True else seen
+      allowed = allowed & (keys < _expand(self.key_lengths))
+    return jnp.ones((1, 1), bool) if allowed is True else allowed
 
   def key_range(self, first, last):
-    return _within(self.key_lengths, first, self.query_lengths)
+    return _length_range(self.key_lengths, first, self.query_lengths)
 
   def query_range(self, first, last):
-    return _within(self.query_lengths, first, self.key_lengths)
+    return _length_range(self.query_lengths, first, self.key_lengths)
 
 
 class Segments(Condition):
-  """Positions see those with the same id."""
+  """Allows attention between positions with equal ids."""
 
   trailing = 1
   query_ids: object  # [*b, q]
@@ -181,7 +185,7 @@ class Segments(Condition):
 
 
 class Prefix(Condition):
-  """Keys before the length are seen by all, the rest causally."""
+  """Allows all keys before the length, and the others causally."""
 
   lengths: object
 
@@ -202,7 +206,7 @@ class Dense(Condition):
   array: object
 
   def check(self, batch, num_query, num_key):
-    """Nothing: the caller does."""
+    """Do nothing; the caller checks dense arrays."""
 
   def tile(self, query, num_query, key, num_key):
     rows = take_block(self.array, query, num_query, -2)
@@ -210,7 +214,7 @@ class Dense(Condition):
 
 
 def _int_or_array(name, value):
-  """Python ints stay static; anything else must be an array of integers."""
+  """Keep Python ints static; convert anything else to an int32 array."""
   if value is None or isinstance(value, (int, np.integer)):
     return value if value is None else int(value)
   array = value if isinstance(value, jax.Array) else np.asarray(value)
@@ -219,35 +223,39 @@ def _int_or_array(name, value):
       f'{name}: expected an int or an integer array [*b], got dtype '
       f'{array.dtype}'
     )
-  return array.astype(np.int32)  # unsigned ones have no negative
+  return array.astype(np.int32)  # signed, so that it can be negated
 
 
 @jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True)
 class Mask:
-  """Who may attend to whom: conditions joined by AND (True = may attend).
+  """Which keys each query may attend to: conditions combined by AND.
 
-  A pytree that goes through `jit` and `vmap`. Python ints in it are static and
-  let implementations skip whole blocks of the logits; arrays are leaves.
-  Make one with the class methods and join them with `&`.
+  A mask is a pytree that supports `jit` and `vmap`. Its Python ints are static
+  and let implementations skip whole blocks of the logits; its arrays are
+  leaves. Create masks with the class methods and combine them with `&`. In
+  boolean arrays, True = may attend.
   """
 
   conditions: tuple
 
   @classmethod
   def causal(cls, offset=0) -> 'Mask':
-    """Query i sees keys j <= i + offset; offset: int or [*b] integers."""
+    """Allow query i the keys j <= i + offset, an int or [*b] integers."""
     return cls((Band(None, _int_or_array('offset', offset)),))
 
   @classmethod
   def window(cls, left=None, right=None) -> 'Mask':
-    """Query i sees keys i - left <= j <= i + right; None is no bound."""
+    """Allow query i the keys i - left <= j <= i + right.
+
+    Each bound is an int, [*b] integers, or None for no bound.
+    """
     left, right = _int_or_array('left', left), _int_or_array('right', right)
     return cls((Band(None if left is None else -left, right),))
 
   @classmethod
   def lengths(cls, query_lengths=None, key_lengths=None) -> 'Mask':
-    """Positions at and past the lengths are padding; int or [*b] integers."""
+    """Mask positions at and past the lengths, an int or [*b] integers each."""
     return cls(
       (
         Lengths(
@@ -259,7 +267,10 @@ class Mask:
 
   @classmethod
   def segments(cls, query_ids, key_ids=None) -> 'Mask':
-    """Positions see those of equal id; [*b, q] and [*b, k] (default: same)."""
+    """Allow attention between positions of equal id, [*b, q] and [*b, k].
+
+    The keys' ids are by default those of the queries.
+    """
     key_ids = query_ids if key_ids is None else key_ids
     for name, ids in (('query_ids', query_ids), ('key_ids', key_ids)):
       if np.ndim(ids) == 0:
@@ -270,22 +281,22 @@ class Mask:
 
   @classmethod
   def prefix(cls, lengths) -> 'Mask':
-    """Keys before `lengths` (int, [*b]) are seen by all, others causally."""
+    """Allow all keys before `lengths` (int or [*b]), and others causally."""
     return cls((Prefix(_int_or_array('lengths', lengths)),))
 
   @classmethod
   def dense(cls, array) -> 'Mask':
-    """A boolean array, [q, k] or broadcastable to the logits [*b, h, q, k].
+    """Wrap a boolean array [q, k], or broadcastable to logits [*b, h, q, k].
 
     Raises:
-      ValueError: the array isn't boolean (what is added to logits is a bias),
-        or has fewer than two axes.
+      ValueError: the array isn't boolean (numbers that are added to the logits
+        are a bias), or has fewer than two axes.
     """
     array = _array(array)
     if array.dtype != bool:
       raise ValueError(
         f'mask: expected a boolean array (True = may attend), got {array.dtype}'
-        ' (numbers that are added to the logits go to bias=)'
+        '; pass numbers to add to the logits as bias='
       )
     if array.ndim < 2:
       raise ValueError(
@@ -299,31 +310,31 @@ class Mask:
     return Mask(self.conditions + other.conditions)
 
   def to_array(self, num_query: int, num_key: int) -> jax.Array:
-    """The mask as a boolean array, broadcastable to [*b, h, q, k]."""
+    """Return the mask as a boolean array, broadcastable to [*b, h, q, k]."""
     return self.tile(0, num_query, 0, num_key)
 
   def tile(self, query, num_query: int, key, num_key: int) -> jax.Array:
-    """The block of `num_query` × `num_key` logits from (`query`, `key`).
+    """Return the block of `num_query` × `num_key` from (`query`, `key`) on.
 
     The starts may be traced; the result broadcasts to [*b, h, q, k].
     """
-    seen = jnp.ones((1, 1), bool)
+    allowed = jnp.ones((1, 1), bool)
     for condition in self.conditions:
-      seen = seen & condition.tile(query, num_query, key, num_key)
-    return seen
+      allowed = allowed & condition.tile(query, num_query, key, num_key)
+    return allowed
 
   def rows(self, batch: tuple, start, count: int) -> 'Mask':
-    """The mask of some rows of the flattened batch, with that one batch axis.
+    """Return the mask of some rows of the flattened batch: one batch axis.
 
     Args:
       batch: shape of the whole batch, *b.
       start: first row; may be traced.
-      count: how many rows.
+      count: number of rows.
     """
     return Mask(tuple(c.rows(batch, start, count) for c in self.conditions))
 
   def diagonals(self) -> tuple[int | None, int | None]:
-    """Static (low, high): keys outside query + [low, high] are never seen."""
+    """Return static bounds: keys outside query + [low, high] are masked."""
     lows, highs = zip(
       (None, None), *(c.diagonals() for c in self.conditions), strict=True
     )
@@ -334,7 +345,7 @@ class Mask:
 
   @property
   def is_band(self) -> bool:
-    """Whether all keys within the static diagonals are seen."""
+    """Whether the static diagonals describe the mask completely."""
     return all(
       isinstance(c, Band)
       and isinstance(c.low, int | None)
@@ -343,23 +354,24 @@ class Mask:
     )
 
   def check(self, batch: tuple, num_query: int, num_key: int) -> None:
-    """Whether it fits queries and keys of that many positions.
+    """Check that the mask fits this batch and these numbers of positions.
+
+    The caller checks dense arrays.
 
     Raises:
-      ValueError: lengths, offsets or ids of another shape. Dense arrays are
-        left to the caller.
+      ValueError: lengths, offsets or ids have another shape.
     """
     for condition in self.conditions:
       condition.check(batch, num_query, num_key)
 
   @property
   def has_positions(self) -> bool:
-    """Whether arrays in it have an axis of positions: only so many fit."""
+    """Whether any array has an axis of positions, which fixes their number."""
     return any(c.trailing for c in self.conditions)
 
   @property
   def numbers(self) -> int:
-    """How many numbers its arrays without an axis of positions hold."""
+    """Total size of the arrays without an axis of positions."""
     return sum(
       math.prod(np.shape(x))
       for c in self.conditions
@@ -368,7 +380,7 @@ class Mask:
     )
 
   def arrays(self):
-    """The dense arrays in it, whose shapes the caller checks."""
+    """Return the dense arrays, whose shapes the caller checks."""
     return [c.array for c in self.conditions if isinstance(c, Dense)]
 
   def tree_flatten(self):

@@ -1,8 +1,8 @@
-"""One operation, implemented apart for each platform it is lowered for.
+"""Operations with a separate implementation for each lowering platform.
 
-`jax.lax.platform_dependent` traces every branch in every program. Here a branch
-is traced when a program is lowered for its platform, so that a program for CPUs
-does not pay for tracing kernels of GPUs and TPUs.
+`jax.lax.platform_dependent` traces all branches in every program. Here a branch
+is traced only when a program is lowered for its platform, so programs for CPUs
+don't pay for tracing GPU and TPU kernels.
 """
 
 import functools
@@ -15,15 +15,16 @@ from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
 PLATFORMS = ('cpu', 'cuda', 'rocm', 'tpu')
-# A program that XLA cuts for several TPUs: it can't be told how to cut kernels.
-CUT_FOR_TPUS = 'tpu, cut by XLA'
+# For programs that XLA partitions over several TPUs, where it can't partition
+# kernels.
+PARTITIONED_TPUS = 'tpu, partitioned by XLA'
 
 
 def canonical(platform: str) -> str:
-  """The name that JAX lowers for: 'gpu' and 'NVIDIA …' are 'cuda'.
+  """Return the name of a lowering platform; 'gpu' means 'cuda'.
 
   Raises:
-    ValueError: another platform than JAX's.
+    ValueError: JAX has no such platform.
   """
   platform = 'cuda' if platform == 'gpu' else platform
   if platform not in PLATFORMS:
@@ -34,7 +35,7 @@ def canonical(platform: str) -> str:
 
 
 def default_platform() -> str:
-  """The platform that programs are lowered for unless they say otherwise."""
+  """Return the platform that programs are lowered for by default."""
   backend = jax.default_backend()
   if backend == 'gpu':
     version = jax.devices()[0].client.platform_version
@@ -43,17 +44,19 @@ def default_platform() -> str:
 
 
 def by_platform(choices: tuple, method: str, shapes, *args):
-  """Calls `method` of the object that is chosen for the platform.
+  """Call `method` of the object that is chosen for the lowering platform.
+
+  The operation has no derivative of its own.
 
   Args:
-    choices: pairs (platform, object), one for each of `PLATFORMS`, and one of
-      `CUT_FOR_TPUS` if it differs; hashable.
+    choices: pairs (platform, object), one for each of `PLATFORMS`, and one for
+      `PARTITIONED_TPUS` if it differs; hashable.
     method: name of the object's method.
-    shapes: pytree of `jax.ShapeDtypeStruct`, what the method returns.
-    *args: pytrees of arrays, its arguments.
+    shapes: pytree of `jax.ShapeDtypeStruct` for the method's results.
+    *args: pytrees of arrays, the method's arguments.
 
   Returns:
-    What the method returns. The operation has no derivative of its own.
+    The method's results.
   """
   leaves, tree = jax.tree.flatten(args)
   expected, out_tree = jax.tree.flatten(shapes)
@@ -64,23 +67,23 @@ def by_platform(choices: tuple, method: str, shapes, *args):
     tree=tree,
     shapes=tuple((x.shape, jnp.dtype(x.dtype)) for x in expected),
     maps=(),
-    like=None if _is_described() else _needs_devices(),
+    marker=None if _is_described() else _needs_devices(),
   )
   return jax.tree.unflatten(out_tree, results)
 
 
 def _is_described() -> bool:
-  """Whether programs are lowered for one device that isn't attached."""
+  """Whether programs are lowered for a single device that isn't attached."""
   mesh = jax.sharding.get_abstract_mesh()
   return getattr(mesh, 'abstract_device', None) is not None and mesh.size == 1
 
 
 @functools.cache
 def _needs_devices():
-  """A program that JAX lowers for known devices only.
+  """Return a jaxpr whose presence makes JAX require known devices.
 
-  It looks for such in the parameters of operations; what is traced while
-  lowering (see partitioning.py), it can't see.
+  JAX searches the parameters of operations for such jaxprs, but it can't find
+  those that are traced during lowering (see partitioning.py).
   """
   identity = custom_partitioning(lambda x: x)
   identity.def_partition(None, sharding_rule='i -> i')
@@ -88,11 +91,11 @@ def _needs_devices():
 
 
 def find(equation) -> tuple | None:
-  """What an equation of a jaxpr calls, if it is one of `by_platform`'s.
+  """Return what an equation of a jaxpr calls, if `by_platform` created it.
 
   Returns:
-    (method, shapes of its arguments' leaves, how often `vmap` repeats it), or
-    None.
+    (method, shapes of its arguments' leaves, number of repetitions by `vmap`),
+    or None for other equations.
   """
   if equation.primitive is not _by_platform:
     return None
@@ -113,7 +116,7 @@ _by_platform.multiple_results = True
 @_by_platform.def_impl
 @functools.partial(
   jax.jit,
-  static_argnames=('choices', 'method', 'tree', 'shapes', 'maps', 'like'),
+  static_argnames=('choices', 'method', 'tree', 'shapes', 'maps', 'marker'),
 )
 def _run(*leaves, **params):
   return _by_platform.bind(*leaves, **params)
@@ -125,7 +128,7 @@ def _shapes(*_, shapes, **__):
 
 
 def _batch(leaves, dims, *, shapes, maps, **params):
-  """`vmap`: the method is mapped when it is traced."""
+  """Batching rule: `vmap` is applied to the method when it is traced."""
   size = next(
     x.shape[dim] for x, dim in zip(leaves, dims, strict=True) if dim is not None
   )
@@ -142,11 +145,11 @@ batching.primitive_batchers[_by_platform] = _batch
 
 
 def _trace(
-  platform, is_cut, *leaves, choices, method, tree, shapes, maps, like
+  platform, is_partitioned, *leaves, choices, method, tree, shapes, maps, marker
 ):
-  del shapes, like
+  del shapes, marker
   chosen = dict(choices)[platform]
-  if not is_cut:
+  if not is_partitioned:
     chosen = getattr(chosen, 'whole', chosen)
 
   def function(*leaves):
@@ -158,8 +161,8 @@ def _trace(
   return function(*leaves)
 
 
-def _is_cut(context) -> bool:
-  """Whether XLA is to cut the program, but for what `shard_map` has cut."""
+def _is_partitioned(context) -> bool:
+  """Whether XLA partitions the program over axes not left to `shard_map`."""
   if hasattr(context, 'num_devices'):
     return (context.num_devices or 1) > 1
   mesh, manual = getattr(context, 'mesh', None), context.manual_axes
@@ -167,13 +170,13 @@ def _is_cut(context) -> bool:
 
 
 def _lower(platform, context, *leaves, choices, **params):
-  """Lowers the platform's choice."""
-  is_cut = _is_cut(context.module_context.axis_context)
-  if is_cut and platform == 'tpu' and CUT_FOR_TPUS in dict(choices):
-    platform = CUT_FOR_TPUS
-  rule = mlir.lower_fun(functools.partial(_trace, platform, is_cut))
+  """Lower the method of the platform's choice."""
+  is_partitioned = _is_partitioned(context.module_context.axis_context)
+  if is_partitioned and platform == 'tpu' and PARTITIONED_TPUS in dict(choices):
+    platform = PARTITIONED_TPUS
+  rule = mlir.lower_fun(functools.partial(_trace, platform, is_partitioned))
   with warnings.catch_warnings():
-    # Pallas's Triton back end is to go; `fused` says so when it has gone.
+    # Pallas deprecates its Triton backend; `fused` reports its removal.
     warnings.filterwarnings('ignore', 'The Pallas Triton backend')
     return rule(context, *leaves, choices=choices, **params)
 

@@ -1,18 +1,19 @@
-"""Codes that tell attention where a token stands."""
+"""Position encodings: sinusoidal and rotary."""
 
 import jax
 import jax.numpy as jnp
 
 
 def sinusoidal(length: int, size: int, base: float = 10_000.0) -> jax.Array:
-  """Sines and cosines of the position (Vaswani et al. 2017, section 3.5).
+  """Compute sinusoidal encodings (Vaswani et al. 2017, section 3.5).
 
-  Channel 2i holds sin(position / base^(2i / size)), channel 2i + 1 its cosine,
-  so the code of position p + k is a rotation of that of p.
+  Channel 2i holds sin(position / base^(2i / size)) and channel 2i + 1 the
+  cosine of the same angle, so the encoding of position p + k is a rotation of
+  that of p.
 
   Args:
-    length: positions, from 0.
-    size: channels.
+    length: number of positions, from 0.
+    size: number of channels.
     base: the longest wavelength is 2π · base positions.
 
   Returns:
@@ -31,22 +32,22 @@ def sinusoidal(length: int, size: int, base: float = 10_000.0) -> jax.Array:
 
 
 def rotary(x, positions, base: float = 10_000.0):
-  """Rotates pairs of channels by the position (Su et al. 2021, equation 34).
+  """Rotate pairs of channels by the position (Su et al. 2021, equation 34).
 
-  Channels 2i and 2i + 1 are a point in the plane, turned by the angle
+  Channels 2i and 2i + 1 are a point in the plane, which is rotated by the angle
   position / base^(2i / d). The dot product of a rotated query and a rotated key
-  depends on positions by their difference alone.
+  depends only on the difference of their positions.
 
   Args:
     x: [*b, t, h, d] queries or keys, d even.
     positions: [t] or [*b, t] numbers.
-    base: the slowest pair turns once in about 2π · base positions.
+    base: the slowest pair completes a turn in about 2π · base positions.
 
   Returns:
     [*b, t, h, d] in the dtype of `x`; the angles are in float32.
 
   Raises:
-    ValueError: an odd d, or positions that don't fit.
+    ValueError: d is odd, or the shape of `positions` doesn't fit.
   """
   x, positions = jnp.asarray(x), jnp.asarray(positions)
   size = x.shape[-1]

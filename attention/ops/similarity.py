@@ -1,9 +1,9 @@
-"""How a query and a key are compared, as a dot product of something else.
+"""Similarities of queries and keys, expressed as scaled dot products.
 
-Each function takes query [*b, q, h, d] and key [*b, k, g, d] and gives the pair
-whose dot product, times the scale it also gives, is the similarity: what
-`dot_product_attention` wants. The additive similarity is no product: see
-`additive_attention`.
+Each function takes query [*b, q, h, d] and key [*b, k, g, d] and returns
+(query, key, scale) for `dot_product_attention`: the dot product of this query
+and key, times the scale, is the similarity. Additive similarity is not a dot
+product; see `additive_attention`.
 """
 
 import math
@@ -33,13 +33,13 @@ def general(query, key, weight):
   Args:
     query: [*b, q, h, c].
     key: [*b, k, g, d].
-    weight: [h, c, d]; query and key may differ in their channels.
+    weight: [h, c, d]; query and key may have different numbers of channels.
 
   Returns:
     (query [*b, q, h, d], key, 1.0).
 
   Raises:
-    ValueError: a weight of another shape.
+    ValueError: the weight has another shape.
   """
   expected = (*query.shape[-2:], key.shape[-1])
   if weight.shape != expected:
@@ -50,7 +50,7 @@ def general(query, key, weight):
 
 
 def _unit(x):
-  """Of length 1 along the last axis; zeros stay, with gradients of zero."""
+  """Normalise the last axis to length 1; zeros stay, with zero gradients."""
   exact = x.astype(jnp.float32)
   squares = jnp.square(exact).sum(-1, keepdims=True)
   return (exact * lax.rsqrt(jnp.maximum(squares, 1e-12))).astype(x.dtype)

@@ -7,20 +7,20 @@ FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
 def stable_softmax(logits, axis: int = -1):
-  """exp(logits) / sum exp(logits), computed in float32.
+  """Compute exp(logits) / sum exp(logits) in float32.
 
-  Jumper et al. 2021 compute attention's softmax this way under bfloat16, whose
-  eight bits of precision lose the small terms of the sum.
+  Jumper et al. (2021) compute attention's softmax this way in bfloat16, whose
+  eight bits of precision lose small terms of the sum.
 
   Args:
-    logits: float32, bfloat16 or float16, any shape.
+    logits: array of any shape; float32, bfloat16 or float16.
     axis: the axis that sums to one.
 
   Returns:
     Weights in the dtype of `logits`.
 
   Raises:
-    ValueError: another dtype.
+    ValueError: the dtype is unsupported.
   """
   logits = jnp.asarray(logits)
   if logits.dtype not in FLOATS:

@@ -10,7 +10,7 @@ B, Q, K, H, G, D = 3, 5, 7, 6, 2, 11
 
 
 @pytest.fixture
-def call(arrays):
+def inputs(arrays):
   query, key, bias, sinks = arrays(
     (B, Q, H, D), (B, K, G, D), (B, H, Q, K), (H,)
   )
@@ -19,8 +19,8 @@ def call(arrays):
   return query, key, dict(bias=bias, mask=mask, sinks=sinks, logit_cap=2.0)
 
 
-def test_weights_times_values_are_the_output(call, arrays, assert_close):
-  query, key, arguments = call
+def test_weights_times_values_match_attention(inputs, arrays, assert_close):
+  query, key, arguments = inputs
   (value,) = arrays((B, K, G, D), seed=1)
   weights = attention.attention_weights(query, key, **arguments)
   assert weights.dtype == jnp.float32
@@ -29,16 +29,16 @@ def test_weights_times_values_are_the_output(call, arrays, assert_close):
   assert_close(jnp.einsum('bhqk,bkhd->bqhd', weights, heads), expected)
 
 
-def test_rows_sum_to_one_or_to_zero_where_nothing_is_seen(call):
-  query, key, arguments = call
+def test_rows_sum_to_one_or_to_zero_if_fully_masked(inputs):
+  query, key, arguments = inputs
   del arguments['sinks']
   sums = attention.attention_weights(query, key, **arguments).sum(-1)
   assert not np.asarray(sums[0]).any()
   np.testing.assert_allclose(sums[1:], 1, rtol=1e-6)
 
 
-def test_chosen_heads_and_queries_are_those_of_the_whole(call, assert_close):
-  query, key, arguments = call
+def test_selected_heads_and_queries_match_all_weights(inputs, assert_close):
+  query, key, arguments = inputs
   whole = attention.attention_weights(query, key, **arguments)
   some = attention.attention_weights(
     query, key, heads=[4, 1], queries=[3, -1, 0], **arguments
@@ -47,8 +47,8 @@ def test_chosen_heads_and_queries_are_those_of_the_whole(call, assert_close):
 
 
 @pytest.mark.parametrize('bias', [attention.alibi(H), None])
-def test_descriptions_serve_too(call, bias, assert_close):
-  query, key, _ = call
+def test_bias_objects_match_arrays(inputs, bias, assert_close):
+  query, key, _ = inputs
   array = None if bias is None else bias.to_array(Q, K)
   assert_close(
     attention.attention_weights(query, key, bias=bias, queries=[2]),
@@ -56,7 +56,7 @@ def test_descriptions_serve_too(call, bias, assert_close):
   )
 
 
-def test_the_whole_pattern_is_never_built():
+def test_whole_pattern_is_never_materialised():
   x = jax.ShapeDtypeStruct((1, 20_000, 4, 8), jnp.float32)
 
   def some(query, key):
@@ -77,7 +77,7 @@ def test_the_whole_pattern_is_never_built():
     (dict(queries=[]), 'queries: expected ints'),
   ],
 )
-def test_what_is_not_there_is_refused(call, chosen, message):
-  query, key, _ = call
+def test_invalid_heads_and_queries_raise(inputs, chosen, message):
+  query, key, _ = inputs
   with pytest.raises(ValueError, match=message):
     attention.attention_weights(query, key, **chosen)

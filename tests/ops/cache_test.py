@@ -19,7 +19,7 @@ _attend = jax.jit(dot_product_attention)
 
 
 def _in_pieces(query, key, value, sizes, start=None, **arguments):
-  """Attention of all queries, fed some at a time."""
+  """Attend through a cache, feeding `sizes` tokens at a time."""
   cache, outputs, at = Cache.create(N, start), [], 0
   for size in sizes:
     part = slice(at, at + size)
@@ -48,7 +48,7 @@ _CASES = {
 
 
 def _whole(case):
-  """The same arguments for the sequence without a cache."""
+  """Return the case's arguments for attention without a cache."""
   if case == 'segments':
     return {'mask': Mask.causal() & Mask.segments(_SEGMENTS[:, :T])}
   return {
@@ -58,17 +58,17 @@ def _whole(case):
 
 
 @pytest.mark.parametrize('case', _CASES)
-def test_pieces_are_the_whole(case, arrays, assert_close):
+def test_incremental_attention_matches_whole(case, arrays, assert_close):
   heads = _heads(arrays)
   expected = _attend(*heads, **_whole(case))
-  # The prefix must come in one piece, to be seen by all of itself.
+  # The first piece holds the whole prefix, which attends to all of itself.
   for sizes in ([T], [4, 1, 1, 5], [3, *[1] * (T - 3)]):
     assert_close(_in_pieces(*heads, sizes, **_CASES[case]), expected)
 
 
 @pytest.mark.parametrize('implementation', ['reference', 'chunked'])
 @pytest.mark.parametrize('size', [T, N])
-def test_arrays_beside_a_prompt_are_of_it_or_of_all_slots(
+def test_prompt_arrays_cover_prompt_or_all_slots(
   arrays, assert_close, implementation, size
 ):
   heads = _heads(arrays)
@@ -91,7 +91,7 @@ def test_arrays_beside_a_prompt_are_of_it_or_of_all_slots(
 @pytest.mark.parametrize(
   ('arguments', 'message'),
   [
-    (dict(bias=np.ones((H, N, N), bool)), r'bias: .* \(booleans go to mask='),
+    (dict(bias=np.ones((H, N, N), bool)), 'bias: .*; pass booleans as mask='),
     (dict(bias=np.ones((N, N), 'f')), r'bias: .*\[h, q, k\] or rank 4'),
     (dict(bias=np.ones(N, 'f')), r'bias: .*\[h, q, k\] or rank 4'),
     (dict(bias=np.ones((H, N, T), 'f')), r'bias: .*\(3, 6, 17, 17\), got'),
@@ -99,7 +99,7 @@ def test_arrays_beside_a_prompt_are_of_it_or_of_all_slots(
     (dict(mask=Mask.dense(np.ones((N, 2), bool))), 'mask: .* broadcastable'),
   ],
 )
-def test_arrays_that_do_not_fit_the_slots_are_refused(arguments, message):
+def test_arrays_that_do_not_fit_slots_raise(arguments, message):
   key = jnp.ones((B, T, G, D))
   empty = Cache.create(N, np.zeros(B, int))
   later, _ = empty.extend(key, key)
@@ -108,7 +108,7 @@ def test_arrays_that_do_not_fit_the_slots_are_refused(arguments, message):
       cache.extend(new, new, **arguments)
 
 
-def test_rows_with_padding_are_as_alone(arrays, assert_close):
+def test_padded_rows_match_rows_without_padding(arrays, assert_close):
   query, key, value = _heads(arrays)
   start = np.array([0, 4, 2], np.int32)
   for sizes in ([T], [5, 1, 4, 1]):
@@ -121,10 +121,10 @@ def test_rows_with_padding_are_as_alone(arrays, assert_close):
         mask=Mask.causal() & Mask.window(left=6),
       )
       assert_close(actual[row : row + 1, first:], alone)
-      assert not np.asarray(actual[row, :first]).any()  # padding sees nothing
+      assert not np.asarray(actual[row, :first]).any()  # fully masked
 
 
-def test_positions_go_on_behind_the_padding():
+def test_positions_exclude_padding():
   cache = Cache.create(N, np.array([0, 3]))
   np.testing.assert_array_equal(
     cache.positions(5), [[0, 1, 2, 3, 4], [0, 0, 0, 0, 1]]
@@ -135,14 +135,14 @@ def test_positions_go_on_behind_the_padding():
   np.testing.assert_array_equal(Cache.create(N).positions(3), [0, 1, 2])
 
 
-def test_slots_not_yet_filled_are_not_seen_without_a_mask(arrays, assert_close):
+def test_unused_slots_are_masked_without_a_mask(arrays, assert_close):
   heads = _heads(arrays)
   actual = _in_pieces(*heads, [T - 1, 1])[:, -1:]
   expected = dot_product_attention(heads[0][:, -1:], *heads[1:])
   assert_close(actual, expected)
 
 
-def test_more_tokens_than_slots_are_refused():
+def test_more_tokens_than_slots_raise():
   key = jnp.ones((2, 5, G, D))
   with pytest.raises(ValueError, match='at most capacity=4 tokens, got 5'):
     Cache.create(4).extend(key, key)
@@ -151,8 +151,8 @@ def test_more_tokens_than_slots_are_refused():
 
 
 @pytest.mark.parametrize('rows', [1, 8])
-def test_a_loop_writes_into_the_buffers_in_place(rows):
-  """Donated, a cache needs no second copy of itself, whatever the loop."""
+def test_loop_writes_buffers_in_place(rows):
+  """A donated cache needs no second copy, whatever its batch size."""
   steps, size = 64, (rows, 4096 // rows, 4, 32)
   cache = Cache.create(size[1])
   new = jnp.ones((rows, 3, 4, 32))
@@ -175,11 +175,11 @@ def test_a_loop_writes_into_the_buffers_in_place(rows):
   assert memory.temp_size_in_bytes < buffers / 4
 
 
-def test_prompts_are_aligned_at_their_ends():
+def test_prompts_are_right_aligned():
   tokens, start = align([[5, 6, 7], [8]])
   np.testing.assert_array_equal(tokens, [[5, 6, 7], [8, 8, 8]])
   np.testing.assert_array_equal(start, [0, 2])
   assert align([[5]], 4)[0].shape == (1, 4)
   for wrong in ([[1], []], [[1, 2, 3]]):
-    with pytest.raises(ValueError, match='expected 1 to [12] tokens in each'):
+    with pytest.raises(ValueError, match='expected 1 to [12] tokens each'):
       align(wrong, 2 if len(wrong) == 1 else None)

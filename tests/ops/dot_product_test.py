@@ -1,4 +1,4 @@
-"""The contract of `dot_product_attention`, for every implementation."""
+"""The contract of `dot_product_attention`, tested on every implementation."""
 
 import functools
 
@@ -18,7 +18,7 @@ B, Q, K, H, G, D, E = 3, 5, 7, 6, 2, 11, 13
 
 
 def _exact(query, key, value, *, bias=0.0, mask=True, scale=None, cap=None):
-  """The formula in float64 NumPy, a head at a time."""
+  """Compute the formula in float64 NumPy."""
   query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
   heads, groups = query.shape[-2], key.shape[-2]
   key = np.repeat(key, heads // groups, axis=-2)
@@ -42,7 +42,7 @@ def qkv(arrays):
 
 
 def _value_and_gradients(function, *inputs):
-  """The output, and the gradients of its sum."""
+  """Return the output and the gradients of its sum."""
 
   @jax.jit
   def run(*inputs):
@@ -53,7 +53,7 @@ def _value_and_gradients(function, *inputs):
 
 
 class Contract:
-  """What every implementation must do."""
+  """Tests that every implementation must pass."""
 
   implementation: str
 
@@ -63,11 +63,11 @@ class Contract:
     )
 
   def attend(self, *args, **kwargs):
-    # One program compiles faster than one for each operation.
+    # One program compiles faster than one per operation.
     attend = functools.partial(self.attend_eagerly, **kwargs)
     return jax.jit(attend)(*args)
 
-  def test_plain_call_is_the_formula(self, qkv, assert_close):
+  def test_output_matches_formula(self, qkv, assert_close):
     assert_close(self.attend(*qkv), _exact(*qkv))
 
   @pytest.mark.parametrize('scale', [0.3, 2.0])
@@ -81,13 +81,13 @@ class Contract:
     (bias,) = arrays(shape, seed=1)
     assert_close(self.attend(*qkv, bias=bias), _exact(*qkv, bias=bias))
 
-  def test_causal_joins_the_mask_by_and(self, qkv, assert_close):
+  def test_is_causal_and_mask_combine_by_and(self, qkv, assert_close):
     mask = np.arange(K) != 2
     actual = self.attend(*qkv, mask=mask[None], is_causal=True)
     causal = np.arange(K) <= np.arange(Q)[:, None]
     assert_close(actual, _exact(*qkv, mask=mask & causal))
 
-  def test_mask_arrays_of_two_and_four_axes(self, qkv, assert_close):
+  def test_masks_may_have_two_or_four_axes(self, qkv, assert_close):
     mask = np.random.default_rng(0).random((B, 1, Q, K)) < 0.6
     mask[..., 0] = True
     assert_close(self.attend(*qkv, mask=mask), _exact(*qkv, mask=mask))
@@ -95,15 +95,15 @@ class Contract:
       self.attend(*qkv, mask=mask[0, 0]), _exact(*qkv, mask=mask[0, 0])
     )
 
-  def test_logit_cap_comes_before_the_bias(self, qkv, arrays, assert_close):
+  def test_logit_cap_precedes_bias(self, qkv, arrays, assert_close):
     (bias,) = arrays((H, Q, K), seed=1)
     actual = self.attend(*qkv, bias=bias, logit_cap=0.7)
     assert_close(actual, _exact(*qkv, bias=bias, cap=0.7))
 
-  def test_sinks_take_weight_and_give_no_value(self, qkv, arrays, assert_close):
+  def test_sinks_take_weight_but_have_no_value(self, qkv, arrays, assert_close):
     (sinks,) = arrays((H,), seed=1)
     query, key, value = (np.asarray(x) for x in qkv)
-    # A sink is a key of one more position, with that logit and value 0.
+    # A sink acts like an additional key with its logit and a value of 0.
     pad = ((0, 0), (0, 1), (0, 0), (0, 0))
     bias = np.zeros((H, Q, K + 1))
     bias[..., -1] = np.asarray(sinks)[:, None]
@@ -111,7 +111,7 @@ class Contract:
     assert_close(self.attend(*qkv, sinks=sinks), expected)
 
   @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16, jnp.float16])
-  def test_a_query_that_sees_nothing_gives_zeros(self, qkv, dtype):
+  def test_fully_masked_rows_are_zero(self, qkv, dtype):
     qkv = [x.astype(dtype) for x in qkv]
     mask = Mask.lengths(key_lengths=np.array([0, 3, K])) & Mask.causal(-1)
 
@@ -129,7 +129,7 @@ class Contract:
     assert not np.asarray(dq[:, 0], float).any()
 
   @pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16])
-  def test_half_precision_is_near_the_truth(self, qkv, dtype, assert_close):
+  def test_half_precision_is_accurate(self, qkv, dtype, assert_close):
     qkv = [x.astype(dtype) for x in qkv]
     output = self.attend(*qkv, is_causal=True)
     causal = np.arange(K) <= np.arange(Q)[:, None]
@@ -137,18 +137,18 @@ class Contract:
     assert_close(output, _exact(*qkv, mask=causal))
 
   @pytest.mark.parametrize('batch', [(), (2,), (2, 1, 3)])
-  def test_any_number_of_leading_axes(self, arrays, assert_close, batch):
+  def test_any_number_of_batch_axes(self, arrays, assert_close, batch):
     qkv = arrays((*batch, Q, H, D), (*batch, K, G, D), (*batch, K, G, E))
     assert_close(self.attend(*qkv), _exact(*qkv))
 
-  def test_vmap_is_the_batch(self, qkv, assert_close):
+  def test_vmap_matches_batch(self, qkv, assert_close):
     attend = jax.jit(jax.vmap(self.attend_eagerly))
     assert_close(attend(*qkv), self.attend(*qkv))
 
-  def test_jit_is_eager(self, qkv, assert_close):
+  def test_jit_matches_eager(self, qkv, assert_close):
     assert_close(self.attend(*qkv), self.attend_eagerly(*qkv))
 
-  def test_no_gradient_comes_from_the_future(self, arrays):
+  def test_future_keys_have_no_gradient(self, arrays):
     query, key, value = arrays((5, 1, 3), (5, 1, 3), (5, 1, 3))
 
     def early(key, value):
@@ -158,7 +158,7 @@ class Contract:
       assert np.asarray(grad[:3]).any()
       assert not np.asarray(grad[3:]).any()
 
-  def test_dropout_keeps_the_mean_and_the_seed(self, qkv, assert_close):
+  def test_dropout_preserves_mean_and_is_seeded(self, qkv, assert_close):
     @jax.jit
     def drop(seed):
       return self.attend_eagerly(
@@ -170,7 +170,7 @@ class Contract:
     mean = np.stack([drop(i) for i in range(300)]).mean(0)
     assert np.abs(mean - self.attend(*qkv)).max() < 0.25
 
-  def test_dropout_zeroes_that_share_of_the_weights(self):
+  def test_dropout_zeroes_the_given_share_of_weights(self):
     n = 200
     zeros = np.zeros((n, 1, 4), np.float32)
     eye = np.eye(n, dtype=np.float32)[:, None]
@@ -179,7 +179,7 @@ class Contract:
     weights = np.asarray(weights)[:, 0]
     kept = weights > 0
     assert abs(kept.mean() - 0.7) < 0.02
-    # Neither rows nor columns are dropped together.
+    # No whole rows or columns are dropped.
     assert np.abs(kept.mean(0) - 0.7).max() < 0.2
     assert np.abs(kept.mean(1) - 0.7).max() < 0.2
     np.testing.assert_allclose(weights[kept], 1 / n / 0.7, rtol=1e-5)
@@ -193,18 +193,18 @@ class TestChunked(Contract):
   implementation = 'chunked'
 
 
-class _OfAnySize(Tpu):
-  """Kernels that don't leave short sequences to others."""
+class _TpuOfAnySize(Tpu):
+  """TPU kernels that accept short sequences too."""
 
   def refusal(self, *_):
     return None
 
 
 @pytest.mark.parametrize(
-  ('platform', 'kernels'), [('cuda', Triton), ('tpu', _OfAnySize)]
+  ('platform', 'kernels'), [('cuda', Triton), ('tpu', _TpuOfAnySize)]
 )
 class TestFused(Contract):
-  """The kernels of GPUs and of TPUs, interpreted on a CPU."""
+  """GPU and TPU kernels, interpreted on a CPU."""
 
   implementation = 'fused'
 
@@ -212,41 +212,41 @@ class TestFused(Contract):
   def kernels_here(self, monkeypatch, platform, kernels):
     here = default_platform()
     if here not in ('cpu', platform):
-      pytest.skip(f'kernels for {platform!r}, where there is {here!r}')
+      pytest.skip(f'kernels for {platform!r} do not run on {here!r}')
     platforms = dispatch._IMPLEMENTATIONS['fused']
     monkeypatch.setitem(platforms, here, kernels(interpret=here == 'cpu'))
 
 
-def test_default_serves_every_call(qkv, assert_close):
+def test_default_matches_formula(qkv, assert_close):
   assert_close(attention.dot_product_attention(*qkv), _exact(*qkv))
 
 
-def test_default_takes_sequences_of_many_blocks(arrays, assert_close):
+def test_default_supports_sequences_of_many_blocks(arrays, assert_close):
   qkv = arrays(*((1, 700, 3, 4),) * 3)
   causal = np.arange(700) <= np.arange(700)[:, None]
   output = attention.dot_product_attention(*qkv, is_causal=True)
   assert_close(output, _exact(*qkv, mask=causal))
 
 
-def test_explain_follows_the_platform():
+def test_explain_follows_platform():
   x = jax.ShapeDtypeStruct((B, 64, H, D), jnp.float32)
 
-  def told(platform):
+  def explain(platform):
     reasons = attention.explain(x, x, x, is_causal=True, platform=platform)
     return dict(reasons)
 
   for platform in ('cpu', 'rocm'):
-    reasons = told(platform)
+    reasons = explain(platform)
     assert reasons['fused'] == f'no kernel for platform {platform!r}'
     assert reasons['chunked'] == 'chosen'
-  assert told('gpu') == told('cuda')
+  assert explain('gpu') == explain('cuda')
   for platform in ('cuda', 'tpu'):
-    assert told(platform)['fused'] == 'chosen'
+    assert explain(platform)['fused'] == 'chosen'
   with pytest.raises(ValueError, match="platform: expected one of .*'vulkan'"):
-    told('vulkan')
+    explain('vulkan')
 
 
-def test_the_choice_follows_the_platform_lowered_for(qkv, a_gpu):
+def test_dispatch_follows_lowering_platform(qkv, a_gpu):
   x = jax.ShapeDtypeStruct((B, 64, H, D), jnp.float32)
 
   def text(platform):
@@ -265,7 +265,7 @@ def test_the_choice_follows_the_platform_lowered_for(qkv, a_gpu):
     function.trace(*qkv).lower(lowering_platforms=('tpu',))
 
 
-def test_gradients_under_key_lengths_lower_for_a_gpu(qkv, a_gpu):
+def test_gradients_with_key_lengths_lower_for_gpu(qkv, a_gpu):
   def total(qkv, lengths):
     mask = Mask.lengths(key_lengths=lengths)
     return attention.dot_product_attention(*qkv, mask=mask).sum()
@@ -276,7 +276,7 @@ def test_gradients_under_key_lengths_lower_for_a_gpu(qkv, a_gpu):
   assert 'attention_key_kernel' in lowered.as_text()
 
 
-def test_every_branch_can_be_mapped(qkv, assert_close):
+def test_dispatch_supports_vmap(qkv, assert_close):
   stacked = [jnp.stack([x, 2 * x], 1) for x in qkv]
   mapped = jax.vmap(attention.dot_product_attention, 1, 1)(*stacked)
   for i in (0, 1):
@@ -289,50 +289,50 @@ def test_every_branch_can_be_mapped(qkv, assert_close):
   [
     (dict(bias=jnp.zeros((H, Q, K))), 'bias is not supported'),
     (dict(logit_cap=3.0), 'logit_cap is not supported'),
-    (dict(mask=Mask.causal(1)), 'only causal ones'),
-    (dict(mask=Mask.prefix(2)), 'a mask of prefix'),
-    (dict(mask=Mask.window(2) & Mask.lengths(None, 3)), 'only causal ones'),
+    (dict(mask=Mask.causal(1)), 'only causal bands'),
+    (dict(mask=Mask.prefix(2)), 'Mask.prefix is not supported'),
+    (dict(mask=Mask.window(2) & Mask.lengths(None, 3)), 'only causal bands'),
     (dict(mask=Mask.window(2, 0) & Mask.lengths(None, 3)), 'chosen'),
     (dict(is_causal=True), 'chosen'),
   ],
 )
-def test_cudnn_says_what_it_does_not_compute(arguments, reason):
+def test_cudnn_reports_unsupported_arguments(arguments, reason):
   q = jax.ShapeDtypeStruct((B, Q, H, 16), jnp.bfloat16)
   k = jax.ShapeDtypeStruct((B, K, G, 16), jnp.bfloat16)
-  ((_, told),) = attention.explain(
+  ((_, reported),) = attention.explain(
     q, k, k, platform='cuda', implementation='cudnn', **arguments
   )
-  assert reason in told
+  assert reason in reported
 
 
-def test_cudnn_refuses_float32_and_other_platforms(qkv):
+def test_cudnn_reports_unsupported_dtype_and_platform(qkv):
   for platform, reason in (('cuda', 'expected bfloat16'), ('cpu', 'no kernel')):
-    ((_, told),) = attention.explain(
+    ((_, reported),) = attention.explain(
       *qkv, platform=platform, implementation='cudnn'
     )
-    assert reason in told
+    assert reason in reported
 
 
-def test_explain_takes_shapes():
+def test_explain_accepts_shapes():
   x = jax.ShapeDtypeStruct((2, 64, 4, 32), jnp.bfloat16)
-  told = attention.explain(x, x, x, implementation='reference')
-  assert told == [('reference', 'chosen')]
+  reported = attention.explain(x, x, x, implementation='reference')
+  assert reported == [('reference', 'chosen')]
 
 
-def test_fused_by_name_says_why_it_cannot(qkv):
+def test_unsupported_platform_raises(qkv):
   qkv = jax.device_put(qkv, jax.devices('cpu')[0])
   with pytest.raises(NotImplementedError, match="fused: .*platform 'cpu'"):
     attention.dot_product_attention(*qkv, implementation='fused')
 
 
-def test_a_sequence_of_implementations_falls_through(qkv, assert_close):
+def test_sequence_of_implementations_falls_back(qkv, assert_close):
   output = attention.dot_product_attention(
     *qkv, implementation=('fused', 'reference')
   )
   assert_close(output, _exact(*qkv))
 
 
-_MISTAKES = {
+_INVALID = {
   'rank': (
     dict(query=(5, 4)),
     {},
@@ -372,7 +372,7 @@ _MISTAKES = {
   'bias_bool': (
     {},
     dict(bias=np.ones((H, Q, K), bool)),
-    'go to mask=',
+    'pass booleans as mask=',
   ),
   'dropout': ({}, dict(dropout_rate=0.1), 'dropout_rng: expected a key'),
   'dropout_rate': (
@@ -386,11 +386,15 @@ _MISTAKES = {
     r'sinks: .*\(6,\).*\(7,\)',
   ),
   'cap': ({}, dict(logit_cap=0.0), 'logit_cap: expected a positive'),
-  'scale': ({}, dict(scale=np.nan), 'scale: expected a number, got nan'),
+  'scale': (
+    {},
+    dict(scale=np.nan),
+    'scale: expected a finite constant, got nan',
+  ),
   'rng': (
     {},
     dict(dropout_rate=0.1, dropout_rng=0),
-    'dropout_rng: expected a key of jax.random, got 0',
+    'dropout_rng: expected a jax.random key, got 0',
   ),
   'no_heads': (
     dict(key=(B, K, 0, D), value=(B, K, 0, E)),
@@ -420,9 +424,9 @@ _MISTAKES = {
 }
 
 
-@pytest.mark.parametrize('name', _MISTAKES)
-def test_a_mistake_is_answered_with_what_was_expected(name):
-  changed, arguments, message = _MISTAKES[name]
+@pytest.mark.parametrize('name', _INVALID)
+def test_invalid_arguments_raise(name):
+  changed, arguments, message = _INVALID[name]
   shapes = dict(query=(B, Q, H, D), key=(B, K, G, D), value=(B, K, G, E))
   inputs = {n: np.ones(s, 'f') for n, s in (shapes | changed).items()}
   with pytest.raises(ValueError, match=message):
@@ -430,14 +434,14 @@ def test_a_mistake_is_answered_with_what_was_expected(name):
 
 
 @pytest.mark.parametrize('name', ['query', 'key', 'value'])
-def test_integers_are_refused(qkv, name):
+def test_integers_raise(qkv, name):
   inputs = dict(zip(('query', 'key', 'value'), qkv, strict=True))
   inputs[name] = inputs[name].astype(int)
   with pytest.raises(ValueError, match=f'{name}: expected float32.*int32'):
     attention.dot_product_attention(**inputs)
 
 
-def test_self_attention_is_softmax_of_the_products(arrays, assert_close):
+def test_self_attention_matches_formula(arrays, assert_close):
   (x,) = arrays((3, 5, 7))
   exact = np.asarray(x, np.float64)
   logits = exact @ exact.transpose(0, 2, 1)
@@ -445,7 +449,7 @@ def test_self_attention_is_softmax_of_the_products(arrays, assert_close):
   assert_close(attention.self_attention(x), weights @ exact)
 
 
-def test_self_attention_refuses_vectors_and_ints():
+def test_self_attention_of_vectors_or_ints_raises():
   with pytest.raises(ValueError, match=r'x: expected \[\*b, t, m\]'):
     attention.self_attention(jnp.ones(3))
   with pytest.raises(ValueError, match='x: expected float32'):

@@ -1,4 +1,4 @@
-"""Rows in blocks give what they give all at once, gradients too."""
+"""Mapping blocks of rows matches mapping all rows, including gradients."""
 
 import re
 
@@ -14,8 +14,8 @@ R, T, M, C = 11, 3, 5, 7
 
 
 @pytest.fixture
-def cut(monkeypatch):
-  """cut(platform, rows): computes here as there, in blocks of `rows`."""
+def use_blocks(monkeypatch):
+  """use_blocks(platform, rows): run a platform's path in blocks of `rows`."""
 
   def prepare(platform, rows):
     def run(choices, *args):
@@ -40,12 +40,12 @@ def _function(shared, x, mask):
 def _run(is_whole, axis, inputs):
   *inputs, mask, d_outputs = inputs
 
-  def call(w, b, x):
+  def apply(w, b, x):
     return mapping.map_rows(
       _function, (w, {'b': b}), x, mask, axis=axis, is_whole=is_whole
     )
 
-  outputs, vjp = jax.vjp(jax.jit(call), *inputs)
+  outputs, vjp = jax.vjp(jax.jit(apply), *inputs)
   return outputs, vjp(d_outputs)
 
 
@@ -60,13 +60,13 @@ def _inputs(arrays, axis, dtype=jnp.float32):
 
 @pytest.mark.parametrize('axis', [0, 1])
 @pytest.mark.parametrize(
-  ('platform', 'rows'),  # even, ragged and whole
+  ('platform', 'rows'),  # even, ragged and whole blocks
   [('cpu', 1), ('cpu', 4), ('cpu', 10), ('cuda', 4), ('cuda', R)],
 )
-def test_blocks_give_the_whole_and_its_gradients(
-  axis, platform, rows, arrays, assert_close, cut
+def test_blocks_match_whole_and_its_gradients(
+  axis, platform, rows, arrays, assert_close, use_blocks
 ):
-  cut(platform, rows)
+  use_blocks(platform, rows)
   inputs = _inputs(arrays, axis)
   expected = jax.tree.leaves(_run(True, axis, inputs))
   for one, two in zip(
@@ -76,10 +76,10 @@ def test_blocks_give_the_whole_and_its_gradients(
 
 
 @pytest.mark.parametrize(('platform', 'rows'), [('cpu', 4), ('cuda', R)])
-def test_blocks_can_be_mapped_scanned_and_recomputed(
-  platform, rows, arrays, assert_close, cut
+def test_blocks_support_vmap_scan_and_checkpoint(
+  platform, rows, arrays, assert_close, use_blocks
 ):
-  cut(platform, rows)
+  use_blocks(platform, rows)
   w, xs = arrays((M, M), (2, R, T, M))
 
   def gradients(is_whole):
@@ -99,8 +99,8 @@ def test_blocks_can_be_mapped_scanned_and_recomputed(
     assert_close(one, two)
 
 
-def test_blocks_are_cut_for_the_platform_lowered_for():
-  def call(w, x):
+def test_block_size_follows_lowering_platform():
+  def apply(w, x):
     return mapping.map_rows(lambda w, x: jnp.tanh(x @ w), w, x)
 
   def program(rows, platform):
@@ -108,21 +108,21 @@ def test_blocks_are_cut_for_the_platform_lowered_for():
       jax.ShapeDtypeStruct((8, 1024), jnp.float32),
       jax.ShapeDtypeStruct((rows, 64, 8), jnp.float32),
     )
-    gradient = jax.jit(jax.grad(lambda *x: call(*x).sum(), (0, 1)))
+    gradient = jax.jit(jax.grad(lambda *x: apply(*x).sum(), (0, 1)))
     lowered = gradient.trace(*shapes).lower(lowering_platforms=(platform,))
     text = lowered.as_text()
     blocks = re.findall(r'stablehlo.tanh .*tensor<(\d+)x64x1024xf32>', text)
     return set(map(int, blocks)), 'optimization_barrier' in text
 
-  # 2,048 positions on CPUs, 64 MiB of hidden numbers elsewhere.
+  # 2,048 positions on CPUs, 64 MiB of hidden activations elsewhere.
   assert program(512, 'cpu') == ({32}, False)
   for platform in ('cuda', 'rocm', 'tpu'):
     assert program(512, platform) == ({256}, False)
-    # All rows at once, computed anew all the same.
+    # A single block is recomputed as well.
     assert program(128, platform) == ({128}, True)
 
 
-def test_gradients_of_shared_arrays_are_summed_in_float32(
+def test_shared_gradients_accumulate_in_float32(
   arrays, assert_close, monkeypatch
 ):
   monkeypatch.setattr(mapping, '_POSITIONS', 1)
@@ -137,11 +137,11 @@ def test_gradients_of_shared_arrays_are_summed_in_float32(
   assert_close(grad, np.float32(600), dtype='bfloat16')
 
 
-def test_memory_is_that_of_a_block(monkeypatch):
+def test_only_one_block_is_held_in_memory(monkeypatch):
   monkeypatch.setattr(mapping, '_POSITIONS', 64)
 
   def bytes_of(is_whole):
-    def call(w, x):
+    def apply(w, x):
       def hidden(w, x):
         return jnp.tanh(x @ w) @ w.T
 
@@ -152,7 +152,7 @@ def test_memory_is_that_of_a_block(monkeypatch):
       jax.ShapeDtypeStruct((8, 1024), jnp.float32),
       jax.ShapeDtypeStruct((64, 64, 8), jnp.float32),
     )
-    compiled = jax.jit(jax.grad(call, (0, 1))).lower(*shapes).compile()
+    compiled = jax.jit(jax.grad(apply, (0, 1))).lower(*shapes).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
   assert bytes_of(False) < bytes_of(True) / 10

@@ -47,13 +47,13 @@ def _full(array):
 
 
 @pytest.mark.parametrize('name', CASES)
-def test_mask_is_what_its_name_says(name):
+def test_to_array_matches_definition(name):
   mask, expected = CASES[name]
   np.testing.assert_array_equal(_full(mask.to_array(Q, K)), _full(expected))
 
 
 @pytest.mark.parametrize('name', CASES)
-def test_a_tile_is_that_part_of_the_array(name):
+def test_tile_matches_part_of_array(name):
   mask, expected = CASES[name]
   tile = jax.jit(lambda m, q, k: m.tile(q, 3, k, 2))(mask, 1, 4)
   shape = np.broadcast_shapes(np.shape(tile), (3, 2))
@@ -63,21 +63,21 @@ def test_a_tile_is_that_part_of_the_array(name):
 
 
 @pytest.mark.parametrize('name', CASES)
-def test_static_diagonals_leave_nothing_out(name):
+def test_static_diagonals_bound_allowed_keys(name):
   mask, expected = CASES[name]
   low, high = mask.diagonals()
   distance = np.broadcast_to(_J - _I, _full(expected).shape)
-  seen = distance[_full(expected)]
-  assert low is None or (seen >= low).all()
-  assert high is None or (seen <= high).all()
+  allowed = distance[_full(expected)]
+  assert low is None or (allowed >= low).all()
+  assert high is None or (allowed <= high).all()
 
 
-def test_python_ints_rule_out_diagonals():
+def test_python_ints_give_static_diagonals():
   assert (Mask.causal(2) & Mask.window(4, 1)).diagonals() == (-4, 1)
   assert Mask.causal(np.array([2])).diagonals() == (None, None)
 
 
-def test_unsigned_numbers_mean_the_same():
+def test_unsigned_bounds_match_ints():
   left, right = np.array([2], np.uint8), np.array([0], np.uint8)
   np.testing.assert_array_equal(
     Mask.window(left, right).to_array(Q, K)[0, 0],
@@ -85,7 +85,7 @@ def test_unsigned_numbers_mean_the_same():
   )
 
 
-def test_a_mask_of_the_same_kind_does_not_recompile():
+def test_masks_of_equal_structure_do_not_recompile():
   traces = []
 
   @jax.jit
@@ -101,7 +101,7 @@ def test_a_mask_of_the_same_kind_does_not_recompile():
   assert len(traces) == 2
 
 
-def test_a_mask_goes_through_vmap():
+def test_masks_support_vmap():
   lengths = jnp.arange(B)
   rows = jax.vmap(lambda n: Mask.lengths(key_lengths=n).to_array(Q, K).sum(-1))(
     lengths
@@ -111,7 +111,7 @@ def test_a_mask_goes_through_vmap():
   )
 
 
-def test_masks_refuse_what_they_cannot_mean():
+def test_invalid_arguments_raise():
   with pytest.raises(ValueError, match='expected a boolean array.*float32'):
     Mask.dense(jnp.ones((2, 2)))
   with pytest.raises(ValueError, match='key_lengths: expected an int or'):

@@ -6,7 +6,7 @@ import pytest
 import attention
 
 
-def test_sinusoidal_is_the_papers_formula(assert_close):
+def test_sinusoidal_matches_paper(assert_close):
   code = attention.sinusoidal(11, 6)
   for position in range(11):
     for i in range(3):
@@ -21,7 +21,7 @@ def test_sinusoidal_of_odd_size_ends_with_a_sine():
   assert abs(code[2, 4] - np.sin(2 / 10_000 ** (4 / 5))) < 1e-6
 
 
-def test_codes_are_float32_where_numbers_have_64_bits():
+def test_sinusoidal_is_float32_under_x64():
   expected = attention.sinusoidal(11, 6)
   with jax.enable_x64(True):
     code = attention.sinusoidal(11, 6)
@@ -29,7 +29,7 @@ def test_codes_are_float32_where_numbers_have_64_bits():
   np.testing.assert_array_equal(code, expected)
 
 
-def test_a_later_position_is_a_rotation_of_an_earlier_one(assert_close):
+def test_later_position_is_a_rotation_of_an_earlier_one(assert_close):
   size, shift = 8, 5
   code = attention.sinusoidal(20, size)
   angles = shift / 10_000 ** (jnp.arange(0, size, 2) / size)
@@ -39,12 +39,12 @@ def test_a_later_position_is_a_rotation_of_an_earlier_one(assert_close):
 
 
 @pytest.mark.parametrize('arguments', [(0, 4), (4, -1)])
-def test_sinusoidal_refuses_empty_sizes(arguments):
+def test_sinusoidal_of_invalid_sizes_raises(arguments):
   with pytest.raises(ValueError, match='expected a positive int'):
     attention.sinusoidal(*arguments)
 
 
-def test_rotary_products_depend_on_the_distance_alone(arrays, assert_close):
+def test_rotary_products_depend_only_on_distance(arrays, assert_close):
   query, key = arrays((2, 5, 3, 8), (2, 5, 3, 8))
 
   def products(shift):
@@ -57,7 +57,7 @@ def test_rotary_products_depend_on_the_distance_alone(arrays, assert_close):
   assert np.abs(products(0) - jnp.einsum('bqhd,bkhd->bhqk', query, key)).max()
 
 
-def test_rotary_is_a_complex_product(arrays, assert_close):
+def test_rotary_matches_complex_product(arrays, assert_close):
   (x,) = arrays((2, 5, 3, 6))
   positions = np.array([[0, 1, 5, 2, 9], [3, 3, 0, 7, 1]])
   pairs = np.asarray(x[..., ::2]) + 1j * np.asarray(x[..., 1::2])
@@ -69,7 +69,7 @@ def test_rotary_is_a_complex_product(arrays, assert_close):
   assert attention.rotary(x.astype(jnp.bfloat16), positions).dtype == 'bfloat16'
 
 
-def test_rotary_refuses_what_does_not_fit(arrays):
+def test_rotary_of_invalid_shapes_raises(arrays):
   (x,) = arrays((2, 5, 3, 6))
   with pytest.raises(ValueError, match='even number of channels, got 5'):
     attention.rotary(x[..., :5], np.arange(5))

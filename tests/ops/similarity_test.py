@@ -1,4 +1,4 @@
-"""Ways to compare a query and a key."""
+"""Similarities of queries and keys."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ def qkvv(arrays):
 
 
 def _additive(query, key, value, vector, bias=0.0, mask=True):
-  """The formula in float64 NumPy, a logit at a time."""
+  """Compute the formula in float64 NumPy, one logit at a time."""
   query, key, value, vector = (
     np.asarray(x, np.float64) for x in (query, key, value, vector)
   )
@@ -37,7 +37,7 @@ def _additive(query, key, value, vector, bias=0.0, mask=True):
 
 
 @pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
-def test_additive_is_the_formula(qkvv, arrays, assert_close, implementation):
+def test_additive_matches_formula(qkvv, arrays, assert_close, implementation):
   (bias,) = arrays((H, Q, K), seed=1)
   causal = np.arange(K) <= np.arange(Q)[:, None]
   actual = attention.additive_attention(
@@ -51,7 +51,7 @@ def test_additive_is_the_formula(qkvv, arrays, assert_close, implementation):
 @pytest.mark.parametrize(
   'bias', [(H, Q, K), (B, 1, 1, K), (1, H, Q, 1), 'alibi', None]
 )
-def test_additive_some_queries_at_a_time_has_the_same_gradients(
+def test_additive_query_loop_matches_reference_gradients(
   qkvv, arrays, assert_close, count, bias
 ):
   if bias == 'alibi':
@@ -81,7 +81,7 @@ def test_additive_some_queries_at_a_time_has_the_same_gradients(
   jax.tree.map(assert_close, actual, expected)
 
 
-def test_additive_in_chunks_never_holds_all_tanhs(arrays):
+def test_chunked_additive_never_holds_all_tanhs(arrays):
   n, d = 512, 64
   x = jax.ShapeDtypeStruct((1, n, 2, d), jnp.float32)
   vector = jax.ShapeDtypeStruct((2, d), jnp.float32)
@@ -99,8 +99,8 @@ def test_additive_in_chunks_never_holds_all_tanhs(arrays):
   assert memory('chunked') < memory('reference') / 10
 
 
-def test_additive_sums_gradients_in_float32(arrays):
-  # Of 1,024 blocks: in bfloat16 most of them would be lost beside the sum.
+def test_additive_accumulates_gradients_in_float32(arrays):
+  # There are 1,024 blocks; a bfloat16 sum would lose most of them.
   query, key, value = arrays(*[(1, 1024, 1, 2)] * 3, dtype=jnp.bfloat16)
   (vector,) = arrays((1, 2), dtype=jnp.bfloat16)
 
@@ -109,11 +109,11 @@ def test_additive_sums_gradients_in_float32(arrays):
     return QueryLoop(count=1)(*inputs, options).astype(jnp.float32).sum()
 
   gradient = jax.jit(jax.grad(loss))(value).astype(jnp.float32)
-  # Each query's weights add up to 1.
+  # Each query's weights sum to 1.
   np.testing.assert_allclose(gradient.sum((0, 1, 2)), 1024, rtol=1e-2)
 
 
-def test_additive_patterns_give_the_outputs(qkvv, assert_close):
+def test_additive_weights_match_outputs(qkvv, assert_close):
   query, key, value, vector = qkvv
   weights = attention.attention_weights(
     query, key, vector=vector, heads=[4, 1], queries=[2, 0]
@@ -123,9 +123,9 @@ def test_additive_patterns_give_the_outputs(qkvv, assert_close):
   assert_close(actual.astype(np.float32), expected)
 
 
-def test_additive_without_tanh_could_not_depend_on_the_query(qkvv):
+def test_additive_without_tanh_ignores_the_query(qkvv):
   query, key, _, vector = qkvv
-  # vector · (query + key): the query's share is the same for every key.
+  # In vector · (query + key), the query adds the same to every key's logit.
   logits = jnp.einsum('hd,bkhd->bhk', vector, jnp.repeat(key, H // G, 2))
   of_query = jnp.einsum('hd,bqhd->bhq', vector, query)
   weights = jax.nn.softmax(of_query[..., None] + logits[:, :, None])
@@ -134,7 +134,7 @@ def test_additive_without_tanh_could_not_depend_on_the_query(qkvv):
   )
 
 
-def test_a_wrong_vector_is_refused(qkvv):
+def test_invalid_vector_raises(qkvv):
   query, key, value, vector = qkvv
   with pytest.raises(ValueError, match=r'vector: expected shape \[h, d\]'):
     attention.additive_attention(query, key, value, vector[:2])
@@ -155,14 +155,14 @@ def test_cosine_ignores_lengths(arrays, assert_close, dtype):
   assert_close(products, expected)
 
 
-def test_cosine_of_zero_has_gradients():
+def test_cosine_of_zero_has_finite_gradients():
   def total(x):
     return similarity.cosine(x, x)[0].sum()
 
   assert np.isfinite(jax.grad(total)(jnp.zeros((1, 2, 1, 3)))).all()
 
 
-def test_general_compares_widths_that_differ(arrays, assert_close):
+def test_general_supports_different_widths(arrays, assert_close):
   query, key, weight = arrays((2, 3, 6, 5), (2, 4, 3, 7), (6, 5, 7))
   q, k, scale = similarity.general(query, key, weight)
   logits = jnp.einsum('bqhd,bkhd->bhqk', q, jnp.repeat(k, 2, 2)) * scale
@@ -174,7 +174,7 @@ def test_general_compares_widths_that_differ(arrays, assert_close):
     similarity.general(query, key, weight[:3])
 
 
-def test_scales_of_the_paper():
+def test_scales_match_papers():
   x = jnp.ones((2, 3, 16))
   assert similarity.scaled_dot(x, x)[2] == 0.25
   assert similarity.dot(x, x)[2] == 1.0

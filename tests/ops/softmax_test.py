@@ -6,7 +6,7 @@ import pytest
 import attention
 
 
-def test_bfloat16_softmax_is_exact_to_the_last_bit_of_bfloat16(assert_close):
+def test_bfloat16_softmax_is_exact_to_the_last_bit(assert_close):
   logits = jax.random.normal(jax.random.key(0), (7, 501)) * 4
   logits = logits.astype(jnp.bfloat16)
   exact = np.exp(np.asarray(logits, np.float64))
@@ -25,12 +25,12 @@ def test_softmax_stays_finite_for_huge_logits():
   np.testing.assert_array_equal(attention.stable_softmax(halves), [1.0, 0.0])
 
 
-def test_softmax_sums_to_one_along_the_axis(arrays, assert_close):
+def test_softmax_sums_to_one_along_axis(arrays, assert_close):
   (logits,) = arrays((3, 5, 2))
   weights = attention.stable_softmax(logits, axis=1)
   assert_close(weights.sum(1), jnp.ones((3, 2)))
 
 
-def test_softmax_of_ints_is_refused():
+def test_softmax_of_ints_raises():
   with pytest.raises(ValueError, match=r'logits: expected float32.*got int32'):
     attention.stable_softmax(jnp.arange(3))

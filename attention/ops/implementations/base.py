@@ -1,4 +1,4 @@
-"""What an implementation of attention is: a forward and a backward pass."""
+"""The interface of attention implementations: forward and backward pass."""
 
 import dataclasses
 import functools
@@ -14,25 +14,27 @@ from attention.ops.platforms import by_platform
 class Implementation:
   """Attention and its gradient; a frozen dataclass, static under `jit`.
 
-  Called with checked arguments (query, key, value, call), it is
-  differentiable: the residuals are the arguments, the output and two numbers a
-  query and head, [*b, q, h] float32, whose meaning is the implementation's own
-  (such as the largest logit, and the logarithm of the softmax's denominator
-  beyond it).
+  An implementation is called with checked arguments (query, key, value,
+  options) and is differentiable. Its residuals are the arguments, the output
+  and two float32 arrays [*b, q, h], whose meaning it chooses: for example the
+  largest logit, and the logarithm of the softmax's denominator relative to it.
   """
 
   def refusal(self, query, key, value, options: Options) -> str | None:
-    """Why it cannot compute a call; None if it can. Shapes suffice."""
+    """Return why the arguments are unsupported, or None; shapes suffice."""
     del query, key, value, options
 
   def forward(self, query, key, value, options: Options):
-    """(output [*b, q, h, e], two residuals [*b, q, h] float32)."""
+    """Return (output [*b, q, h, e], two residuals [*b, q, h] float32)."""
     raise NotImplementedError
 
   def backward(
     self, query, key, value, options, output, first, second, d_output
   ):
-    """Gradients of (query, key, value, call); None for masks and dropout."""
+    """Return the gradients of (query, key, value, options).
+
+    Masks and dropout have none (None).
+    """
     raise NotImplementedError
 
   def __call__(self, query, key, value, options: Options):
@@ -59,23 +61,26 @@ _attend.defvjp(_forward, _backward)
 def gradient_of_options(
   options: Options, bias=None, sinks=None, vector=None
 ) -> Options:
-  """A gradient like `call`; masks and dropout have none."""
+  """Return a gradient with the structure of `options`.
+
+  Masks and dropout have no gradient (None).
+  """
   return dataclasses.replace(
     options, bias=bias, sinks=sinks, vector=vector, mask=None, dropout=None
   )
 
 
 def no_residuals(query):
-  """For implementations that save nothing but their arguments."""
+  """Return zeros, for implementations that need no residual arrays."""
   zeros = jnp.zeros(query.shape[:-1], jnp.float32)
   return zeros, zeros
 
 
 class Recomputing(Implementation):
-  """A function that JAX differentiates, computed anew in the backward pass."""
+  """An implementation that JAX differentiates, with recomputation."""
 
   def attend(self, query, key, value, options):
-    """The output [*b, q, h, e]."""
+    """Return the output [*b, q, h, e]."""
     raise NotImplementedError
 
   def forward(self, query, key, value, options):
@@ -97,8 +102,8 @@ class Recomputing(Implementation):
 
 
 @dataclasses.dataclass(frozen=True)
-class Refused(Implementation):
-  """Stands where no implementation is left; raises when it is lowered."""
+class Unsupported(Implementation):
+  """Placeholder where no implementation is left; raises when lowered."""
 
   reason: str
 
@@ -110,8 +115,8 @@ class Refused(Implementation):
 
 
 @dataclasses.dataclass(frozen=True)
-class Cut(Implementation):
-  """An implementation, over the devices that XLA cuts a program for."""
+class Partitioned(Implementation):
+  """An implementation that each device runs on its shard of the inputs."""
 
   whole: Implementation
 
@@ -124,7 +129,7 @@ class Cut(Implementation):
 
 @dataclasses.dataclass(frozen=True)
 class ByPlatform(Implementation):
-  """One implementation for each platform that a program is lowered for."""
+  """One implementation for each lowering platform."""
 
   choices: tuple  # pairs (platform, Implementation)
 

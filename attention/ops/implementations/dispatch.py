@@ -5,14 +5,14 @@ import dataclasses
 from attention.ops.implementations import cudnn, reference
 from attention.ops.implementations.base import (
   ByPlatform,
-  Cut,
   Implementation,
-  Refused,
+  Partitioned,
+  Unsupported,
 )
 from attention.ops.implementations.chunked import Chunked
 from attention.ops.implementations.fused import Tpu, Triton
 from attention.ops.platforms import (
-  CUT_FOR_TPUS,
+  PARTITIONED_TPUS,
   PLATFORMS,
   default_platform,
 )
@@ -20,7 +20,7 @@ from attention.ops.platforms import (
 
 @dataclasses.dataclass(frozen=True)
 class _Missing(Implementation):
-  """No implementation of that name exists for the platform."""
+  """Placeholder for a name without an implementation on the platform."""
 
   platform: str
 
@@ -28,7 +28,7 @@ class _Missing(Implementation):
     return f'no kernel for platform {self.platform!r}'
 
 
-# Best first: the implementation of each platform; None stands for the others.
+# By name, best first, and by platform; None stands for all other platforms.
 _IMPLEMENTATIONS = {
   'fused': {'cuda': Triton(), 'tpu': Tpu()},
   'chunked': {'cpu': Chunked(), None: Chunked(is_cpu=False)},
@@ -39,7 +39,7 @@ _DEFAULT = ('fused', 'chunked', 'reference')
 
 
 def dispatch(implementation, *checked):
-  """Runs the implementation chosen for each platform.
+  """Run the implementation that is chosen for the lowering platform.
 
   Args:
     implementation: as in `dot_product_attention`.
@@ -49,23 +49,25 @@ def dispatch(implementation, *checked):
     [*b, q, h, e].
 
   Raises:
-    NotImplementedError: no platform has an implementation for these arguments.
+    NotImplementedError: the arguments are unsupported on every platform.
   """
   names = names_of(implementation)
-  choices = {p: _choose(names, p, *checked) for p in (*PLATFORMS, CUT_FOR_TPUS)}
+  choices = {
+    p: _choose(names, p, *checked) for p in (*PLATFORMS, PARTITIONED_TPUS)
+  }
   chosen = set(choices.values())
-  if all(isinstance(c, Refused) for c in chosen):
+  if all(isinstance(c, Unsupported) for c in chosen):
     raise NotImplementedError(choices[default_platform()].reason)
   if len(chosen) == 1:
     (only,) = chosen
     return only(*checked)
   return ByPlatform(
-    tuple((p, c if 'tpu' in p else Cut(c)) for p, c in choices.items())
+    tuple((p, c if 'tpu' in p else Partitioned(c)) for p, c in choices.items())
   )(*checked)
 
 
 def _choose(names, platform, *checked):
-  """The first implementation that can compute the call on the platform."""
+  """Return the first implementation that supports arguments and platform."""
   reasons = []
   for name in names:
     implementation = find(name, platform)
@@ -73,18 +75,22 @@ def _choose(names, platform, *checked):
     if reason is None:
       return implementation
     reasons.append(f'{name}: {reason}')
-  return Refused('; '.join(reasons))
+  return Unsupported('; '.join(reasons))
 
 
 def find(name: str, platform: str) -> Implementation:
-  """The implementation of that name for a platform."""
+  """Return the implementation of this name for a platform."""
   by_platform = _IMPLEMENTATIONS[name]
   missing = by_platform.get(None, _Missing(platform))
   return by_platform.get(platform, missing)
 
 
 def names_of(implementation) -> list[str]:
-  """Names to try, in order; raises ValueError for an unknown one."""
+  """Return the names to try, in order.
+
+  Raises:
+    ValueError: a name is unknown, or there is none.
+  """
   if implementation is None:
     return list(_DEFAULT)
   names = (

@@ -1,9 +1,10 @@
-"""How attention is cut where XLA cuts a program for several devices.
+"""Partitioning of attention where XLA partitions a program over devices.
 
-XLA can't cut a kernel: it would gather its operands on every device. Batch axes
-and heads need no exchange, so that each device computes its own share; only
-gradients of what several rows share, such as a pair bias, are added up. The
-compiler of TPUs has no such hook: see `platforms.CUT_FOR_TPUS`.
+XLA can't partition a kernel: it would gather its operands on every device.
+Batch axes and heads need no communication, so each device computes its own
+shard. Only gradients of operands that several rows share, such as a pair bias,
+are summed over devices. The TPU compiler has no hook for this: see
+`platforms.PARTITIONED_TPUS`.
 """
 
 import dataclasses
@@ -20,18 +21,18 @@ _leaves = jax.tree.leaves
 
 
 def run(function, gradients: bool, *arguments):
-  """function(*arguments), each device with its share.
+  """Compute function(*arguments), with each device computing its shard.
 
   Args:
-    function: of (query, key, value, call, *others), and returns arrays that
-      are laid out as those; no arrays but its arguments.
-    gradients: whether it returns those of query, key, value and call, instead
-      of [*b, q, h, e] and two of [*b, q, h].
-    *arguments: of the function; others are [*b, q, h, …].
+    function: takes (query, key, value, options, *others) and closes over no
+      arrays; its results are laid out like its arguments.
+    gradients: whether it returns the gradients of query, key, value and
+      options, instead of [*b, q, h, e] and two arrays [*b, q, h].
+    *arguments: the function's arguments; the others are [*b, q, h, …].
   """
   leaves, tree = jax.tree.flatten(arguments)
 
-  @jax.jit  # which holds the constants that `custom_partitioning` refuses
+  @jax.jit  # holds constants, which `custom_partitioning` does not accept
   def flat(*leaves):
     return _leaves(function(*jax.tree.unflatten(tree, leaves)))
 
@@ -39,21 +40,22 @@ def run(function, gradients: bool, *arguments):
   names = _names(arguments, gradients)
 
   def partition(mesh, infos, _):
-    cut = _cut(mesh, infos, *names[0][:2])
+    axes_of = _partitioned_axes(mesh, infos, *names[0][:2])
 
-    def share(*leaves):
+    def compute_shard(*leaves):
       arguments = list(jax.tree.unflatten(tree, leaves))
-      arguments[3] = _own_dropout(arguments[3], cut)
+      arguments[3] = _dropout_per_device(arguments[3], axes_of)
       results = _leaves(function(*arguments))
       return [
-        _add_up(x, n, cut) for x, n in zip(results, names[1], strict=True)
+        _sum_over_devices(x, n, axes_of)
+        for x, n in zip(results, names[1], strict=True)
       ]
 
     results, inputs = (
-      [NamedSharding(mesh, PartitionSpec(*map(cut.get, n))) for n in of]
+      [NamedSharding(mesh, PartitionSpec(*map(axes_of.get, n))) for n in of]
       for of in (names[1], names[0])
     )
-    return mesh, share, results, tuple(inputs)
+    return mesh, compute_shard, results, tuple(inputs)
 
   whole = custom_partitioning(flat)
   query, key = arguments[:2]
@@ -71,10 +73,10 @@ def run(function, gradients: bool, *arguments):
 
 
 def _names(arguments, gradients):
-  """(of arguments, of results): a name an axis, None for those left whole.
+  """Name the axes of (arguments, results); None is not partitioned.
 
-  Names are 'b0', 'b1', … of the batch, 'h' of heads and 'g' of key heads; a
-  single key head is left whole.
+  Batch axes are 'b0', 'b1', …, heads 'h' and key heads 'g'. A single key head
+  is not partitioned.
   """
   query, key, _, options, *others = arguments
   batch = [f'b{i}' for i in range(query.ndim - 3)]
@@ -83,7 +85,7 @@ def _names(arguments, gradients):
   )
 
   def of(x, *last):
-    """Names of axes that broadcast to the batch and what comes after it."""
+    """Name the axes of an array that broadcasts to the batch and `last`."""
     shape = jnp.shape(x)
     named = (*batch, *last)[len(batch) + len(last) - len(shape) :]
     return tuple(
@@ -113,7 +115,7 @@ def _names(arguments, gradients):
 
 
 def _rule(names, num_heads, num_groups):
-  """The names as a sharding rule of Shardy's, and its special factors."""
+  """Convert the names to a Shardy sharding rule and its special factors."""
   shared = num_heads // num_groups
   words, special = {}, {}
   if shared == 1:
@@ -135,35 +137,40 @@ def _rule(names, num_heads, num_groups):
   return f'{inputs} -> {results}', special
 
 
-def _cut(mesh, infos, query_names, key_names):
-  """Axes of the mesh by name: those along which query and key are cut."""
-  cut = {}
+def _partitioned_axes(mesh, infos, query_names, key_names):
+  """Return the mesh axes that partition query and key, by axis name."""
+  axes_of = {}
   for info, names in zip(infos, (query_names, key_names), strict=False):
     spec = getattr(info.sharding, 'spec', ())
     for name, axes, size in zip(names, spec, info.shape, strict=False):
       axes = (axes,) if isinstance(axes, str) else tuple(axes or ())
       count = math.prod(mesh.shape[a] for a in axes)
       if name and axes and size % count == 0:
-        cut[name] = axes
-  if 'g' in key_names:  # query heads go with theirs
-    cut['h'] = cut['g'] = cut.get('g', ())
-  return {name: axes for name, axes in cut.items() if axes}
+        axes_of[name] = axes
+  if 'g' in key_names:  # query heads stay with their key heads
+    axes_of['h'] = axes_of['g'] = axes_of.get('g', ())
+  return {name: axes for name, axes in axes_of.items() if axes}
 
 
-def _add_up(x, names, cut):
-  """The sum over the devices that have a share of it."""
+def _sum_over_devices(x, names, axes_of):
+  """Sum `x` over the devices that each hold a partial sum of it."""
   if not names:
     return x
-  there = {'h' if n == 'g' else n for n in names}
-  axes = [a for n, of in cut.items() if n != 'g' and n not in there for a in of]
+  kept = {'h' if n == 'g' else n for n in names}
+  axes = [
+    axis
+    for name, axes in axes_of.items()
+    if name != 'g' and name not in kept
+    for axis in axes
+  ]
   if not axes:
     return x
   return jax.lax.psum(x.astype(jnp.float32), tuple(axes)).astype(x.dtype)
 
 
-def _own_dropout(options, cut):
-  """The call, of which each device drops weights of its own."""
-  axes = tuple(a for n, of in cut.items() if n != 'g' for a in of)
+def _dropout_per_device(options, axes_of):
+  """Return the options with a different dropout seed on each device."""
+  axes = tuple(a for n, axes in axes_of.items() if n != 'g' for a in axes)
   if options.dropout is None or not axes:
     return options
   number = jax.lax.axis_index(axes).astype(jnp.uint32)

@@ -1,4 +1,4 @@
-"""Attention as the formula: the einsum that everything is compared with."""
+"""Attention by its formula, the einsum that all else is compared with."""
 
 import dataclasses
 import math
@@ -17,7 +17,7 @@ def products(
   key: Float[Array, '*b k g d'],
   options: Options,
 ) -> Float[Array, '*b h q k']:
-  """How alike queries and keys are, in float32: dot products, or additive."""
+  """Compute similarities in float32: dot products or additive."""
   *batch, num_query, num_heads, size = query.shape
   num_key, num_groups = key.shape[-3:-1]
   shared = num_heads // num_groups
@@ -42,7 +42,7 @@ def logits(
   key: Float[Array, '*b k g d'],
   options: Options,
 ) -> Float[Array, '*b h q k']:
-  """Scaled, capped, biased and masked logits in float32."""
+  """Compute scaled, capped, biased and masked logits in float32."""
   num_query, num_key = query.shape[-3], key.shape[-3]
   x = products(query, key, options) * options.scale
   if options.logit_cap is not None:
@@ -92,15 +92,15 @@ def attention(
     preferred_element_type=jnp.float32,
   ).reshape(*batch, num_query, num_heads, value.shape[-1])
   if options.mask is not None or options.bias is not None:
-    # A query that may see no key gets zeros, and passes no gradient on.
-    seen = jnp.swapaxes((x != MASKED).any(-1), -1, -2)  # [*b, q, h]
-    output = jnp.where(seen[..., None], output, 0)
+    # Fully masked rows return zeros and have zero gradients.
+    has_key = jnp.swapaxes((x != MASKED).any(-1), -1, -2)  # [*b, q, h]
+    output = jnp.where(has_key[..., None], output, 0)
   return output.astype(query.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
 class Reference(Recomputing):
-  """The formula; called, it is differentiable as often as JAX can."""
+  """The formula; a direct call supports higher-order derivatives."""
 
   def attend(self, query, key, value, options):
     return attention(query, key, value, options)
