@@ -1,1 +1,1 @@
-"""Bridges to code and weights that others made: one file for each."""
+"""Interoperability with other projects' code and weights."""

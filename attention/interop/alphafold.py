@@ -1,7 +1,7 @@
-"""AlphaFold's classes, by its names and signatures, on this library's modules.
+"""AlphaFold's classes, names and signatures on top of this library's modules.
 
-`use_in` puts them into AlphaFold's own code; `load_params` and `save_params`
-read and write its published parameters.
+`use_in` substitutes them in AlphaFold's own code. `load_params` and
+`save_params` read and write AlphaFold's published parameters.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ __all__ = [
   'use_in',
 ]
 
-# What AlphaFold's own config says: monomer, full depth.
+# Values of AlphaFold's own config (monomer, full depth), for error messages.
 _DEFAULTS = {
   'num_head': '8 for the alignment, 4 for pairs',
   'gating': 'True',
@@ -54,21 +54,21 @@ _DEFAULTS = {
   'deterministic': 'False',
 }
 
-_LEAST_BIAS = -1e3  # what is below it masks
+_MASKING_BIAS = -1e3  # lower biases mask a key
 
 
 def _read(config, key, name='config'):
   try:
     return getattr(config, key)
   except AttributeError:
-    default = _DEFAULTS.get(key, 'a config of that layer')
+    default = _DEFAULTS.get(key, 'a config for that layer')
     raise ValueError(
-      f"{name}: expected a key {key!r}, got none; AlphaFold's is {default}"
+      f'{name}: expected a key {key!r}, got none; AlphaFold uses {default}'
     ) from None
 
 
 def _attention_fields(config, global_config):
-  """The fields that all of our attention modules share."""
+  """The constructor fields shared by all attention modules."""
   num_head = _read(config, 'num_head')
   sizes = {}
   for key, field in (('key_dim', 'key_size'), ('value_dim', 'value_size')):
@@ -96,8 +96,8 @@ def _check_orientation(config, *known):
   return orientation
 
 
-def _seen(mask):
-  """0 or 1 of any dtype → boolean."""
+def _to_boolean(mask):
+  """Convert a mask of 0 and 1 in any dtype to boolean."""
   return jnp.asarray(mask) != 0
 
 
@@ -128,19 +128,19 @@ class Attention(gated.GatedAttention):
       mask = mask[..., None, :, :]
     if nonbatched_bias is not None and jnp.ndim(nonbatched_bias) == 2:
       nonbatched_bias = nonbatched_bias[None]
-    return super().__call__(q_data, m_data, _seen(mask), nonbatched_bias)
+    return super().__call__(q_data, m_data, _to_boolean(mask), nonbatched_bias)
 
 
 class _AttentionWithBias(Attention):
-  """`Attention` as older AlphaFolds and ColabFold's call it.
+  """`Attention` with the signature of ColabFold and older AlphaFold versions.
 
-  In place of the mask comes what masks when added to the logits: 0, or a large
-  negative number.
+  It takes an additive mask instead of a boolean one: 0, or a large negative
+  number at masked keys.
   """
 
   def __call__(self, q_data, m_data, bias, nonbatched_bias=None):
-    is_seen = jnp.asarray(bias) > _LEAST_BIAS
-    return super().__call__(q_data, m_data, is_seen, nonbatched_bias)
+    mask = jnp.asarray(bias) > _MASKING_BIAS
+    return super().__call__(q_data, m_data, mask, nonbatched_bias)
 
 
 class GlobalAttention(gated.GlobalAttention):
@@ -153,7 +153,7 @@ class GlobalAttention(gated.GlobalAttention):
     self.output_dim = output_dim
 
   def __call__(self, q_data, m_data, q_mask):
-    return super().__call__(q_data, m_data, _seen(q_mask))
+    return super().__call__(q_data, m_data, _to_boolean(q_mask))
 
 
 class MSARowAttentionWithPairBias(evoformer.MSARowAttentionWithPairBias):
@@ -167,7 +167,7 @@ class MSARowAttentionWithPairBias(evoformer.MSARowAttentionWithPairBias):
     self.config, self.global_config = config, global_config
 
   def __call__(self, msa_act, msa_mask, pair_act, is_training=False):
-    return super().__call__(msa_act, _seen(msa_mask), pair_act)
+    return super().__call__(msa_act, _to_boolean(msa_mask), pair_act)
 
 
 class MSAColumnAttention(evoformer.MSAColumnAttention):
@@ -179,7 +179,7 @@ class MSAColumnAttention(evoformer.MSAColumnAttention):
     self.config, self.global_config = config, global_config
 
   def __call__(self, msa_act, msa_mask, is_training=False):
-    return super().__call__(msa_act, _seen(msa_mask))
+    return super().__call__(msa_act, _to_boolean(msa_mask))
 
 
 class MSAColumnGlobalAttention(evoformer.MSAColumnGlobalAttention):
@@ -191,7 +191,7 @@ class MSAColumnGlobalAttention(evoformer.MSAColumnGlobalAttention):
     self.config, self.global_config = config, global_config
 
   def __call__(self, msa_act, msa_mask, is_training=False):
-    return super().__call__(msa_act, _seen(msa_mask))
+    return super().__call__(msa_act, _to_boolean(msa_mask))
 
 
 class TriangleAttention(evoformer.TriangleAttention):
@@ -206,7 +206,7 @@ class TriangleAttention(evoformer.TriangleAttention):
     self.config, self.global_config = config, global_config
 
   def __call__(self, pair_act, pair_mask, is_training=False):
-    return super().__call__(pair_act, _seen(pair_mask))
+    return super().__call__(pair_act, _to_boolean(pair_mask))
 
 
 class TriangleMultiplication(evoformer.TriangleMultiplication):
@@ -223,7 +223,7 @@ class TriangleMultiplication(evoformer.TriangleMultiplication):
     self.config, self.global_config = config, global_config
 
   def __call__(self, left_act, left_mask, is_training=True):
-    return super().__call__(left_act, _seen(left_mask))
+    return super().__call__(left_act, _to_boolean(left_mask))
 
 
 class Transition(evoformer.Transition):
@@ -257,13 +257,13 @@ class OuterProductMean(evoformer.OuterProductMean):
     self.num_output_channel = num_output_channel
 
   def __call__(self, act, mask, is_training=True):
-    return super().__call__(act, _seen(mask))
+    return super().__call__(act, _to_boolean(mask))
 
 
 class EvoformerIteration(hk.Module):
-  """The Evoformer's block from AlphaFold's config, with its dropout.
+  """The Evoformer block from AlphaFold's config, including dropout.
 
-  Given AlphaFold's key it drops what AlphaFold drops.
+  With the same key, its dropout masks equal AlphaFold's.
   """
 
   def __init__(
@@ -275,22 +275,22 @@ class EvoformerIteration(hk.Module):
     self.is_extra_msa = is_extra_msa
 
   def __call__(self, activations, masks, is_training=True, safe_key=None):
-    """One block.
+    """Apply the block.
 
     Args:
       activations: dict with 'msa' [s, i, a] and 'pair' [i, i, a'].
       masks: dict with 'msa' [s, i] and 'pair' [i, i], of 0 and 1.
-      is_training: whether to drop.
-      safe_key: AlphaFold's key; by default one is taken from Haiku's.
+      is_training: whether to apply dropout.
+      safe_key: AlphaFold's `SafeKey`; by default Haiku's RNG is used.
 
     Returns:
-      A dict as `activations`.
+      The updated activations, a dict like `activations`.
 
     Raises:
-      ValueError: a key missing in the config, shapes that don't fit.
+      ValueError: If the config lacks a key or the shapes are incompatible.
     """
     config, global_config = self.config, self.global_config
-    keys = iter(_keys(safe_key))
+    keys = iter(_layer_keys(safe_key))
     is_dropping = not _read(global_config, 'deterministic', 'global_config')
     is_dropping &= is_training or getattr(global_config, 'eval_dropout', False)
 
@@ -343,13 +343,13 @@ class EvoformerIteration(hk.Module):
     ]
 
 
-def _keys(safe_key):
-  """A function for each layer that gives its key, split as AlphaFold does."""
+def _layer_keys(safe_key):
+  """Per layer, a function that returns its key, split as in AlphaFold."""
   if safe_key is not None:
     return [key.get for key in safe_key.split(10)[1:]]
   rng = hk.maybe_next_rng_key()
   if rng is None:
-    return [hk.next_rng_key] * 9  # says what is missing, if called
+    return [hk.next_rng_key] * 9  # raises, if called
   return [lambda key=key: key for key in jax.random.split(rng, 10)[1:]]
 
 
@@ -369,33 +369,32 @@ _CLASSES = (
 
 @contextlib.contextmanager
 def use_in(modules):
-  """AlphaFold's code runs on this library's modules, inside the `with`.
+  """Run AlphaFold's code on this library's modules inside the `with` block.
 
-  The classes of this file take the place of those of the same names, whether
-  `Attention` is called with a mask or, as in ColabFold's, with a bias. Code of
-  AlphaFold's package also sees a `jnp` with the names of arguments that JAX has
-  dropped (`clip`'s a_min and a_max). All is as before afterwards. JAX's caches
-  are cleared on both ways, or functions jitted before would keep the classes
-  that they were traced with.
+  The classes of this file replace those of the same names, whether `Attention`
+  takes a mask or, as in ColabFold, a bias. Within AlphaFold's package, `jnp`
+  also accepts argument names that JAX has removed (a_min and a_max of `clip`).
+  Everything is restored on exit. JAX's caches are cleared on entry and exit,
+  because functions jitted earlier would keep the classes they were traced with.
 
   Args:
-    modules: AlphaFold's `modules.py`, imported.
+    modules: AlphaFold's `modules.py`, imported as a module.
 
   Raises:
-    ValueError: none of the classes is there.
+    ValueError: If `modules` has none of the classes.
   """
   classes = {
     cls.__name__: cls for cls in _CLASSES if hasattr(modules, cls.__name__)
   }
   if not classes:
     raise ValueError(
-      "modules: expected AlphaFold's modules.py, imported, got "
-      f'{modules!r} without any of its classes'
+      "modules: expected AlphaFold's modules.py as a module, got "
+      f'{modules!r}, which has none of its classes'
     )
   if 'Attention' in classes and _takes_bias(modules.Attention):
     classes['Attention'] = _AttentionWithBias
   changes = [(modules, name, cls) for name, cls in classes.items()]
-  changes += [(m, 'jnp', _OldNumpy()) for m in _package(modules)]
+  changes += [(m, 'jnp', _LegacyNumpy()) for m in _modules_with_jnp(modules)]
   before = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]
   try:
     for owner, name, value in changes:
@@ -409,12 +408,12 @@ def use_in(modules):
 
 
 def _takes_bias(attention):
-  """Whether it is called with a bias where AlphaFold's newest has a mask."""
+  """Whether `Attention` takes a bias instead of the mask of recent versions."""
   return 'bias' in inspect.signature(attention.__call__).parameters
 
 
-def _package(modules):
-  """The modules of the package that call JAX's NumPy `jnp`."""
+def _modules_with_jnp(modules):
+  """The modules of the package that import `jax.numpy` as `jnp`."""
   package = getattr(modules, '__name__', '').rpartition('.')[0]
   found = {id(modules): modules}
   for name, module in list(sys.modules.items()):
@@ -423,8 +422,8 @@ def _package(modules):
   return [m for m in found.values() if getattr(m, 'jnp', None) is jnp]
 
 
-class _OldNumpy(types.ModuleType):
-  """`jax.numpy` that still takes `clip(a, a_min=…, a_max=…)`."""
+class _LegacyNumpy(types.ModuleType):
+  """`jax.numpy` with support for `clip(a, a_min=…, a_max=…)`."""
 
   def __init__(self):
     super().__init__(jnp.__name__)
@@ -434,7 +433,7 @@ class _OldNumpy(types.ModuleType):
 
   @staticmethod
   def clip(a=None, a_min=None, a_max=None, *, min=None, max=None):
-    """As NumPy's."""
+    """Clip values, as `numpy.clip`."""
     return jnp.clip(
       a, min if a_min is None else a_min, max if a_max is None else a_max
     )

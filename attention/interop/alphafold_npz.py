@@ -15,16 +15,16 @@ from attention.interop.shapes import differences
 from attention.modules.evoformer import EvoformerStack
 
 _SCOPE = ('alphafold', 'alphafold_iteration', 'evoformer')
-# Names of the two stacks, and whether the alignment is the extra one.
+# {stack name: whether it processes the extra alignment}
 _STACKS = {'evoformer_iteration': False, 'extra_msa_stack': True}
 
 
 @contextlib.contextmanager
 def evoformer_scope():
-  """Modules made inside are named as those inside AlphaFold's Evoformer.
+  """Create modules in the name scope of AlphaFold's Evoformer.
 
-  There `EvoformerStack(num_blocks=48, name='evoformer_iteration')` has the
-  parameters that `load_params` reads.
+  In this scope `EvoformerStack(num_blocks=48, name='evoformer_iteration')` has
+  the parameter paths of `load_params`.
   """
   with contextlib.ExitStack() as stack:
     for name in _SCOPE:
@@ -33,26 +33,29 @@ def evoformer_scope():
 
 
 def load_params(path) -> dict:
-  """AlphaFold's parameters as Haiku's: {scope: {name: NumPy array}}.
+  """Load AlphaFold's parameters.
 
-  They serve AlphaFold itself, and `EvoformerStack`s named
+  They can be used with AlphaFold itself, and with `EvoformerStack`s named
   'evoformer_iteration' and 'extra_msa_stack' inside `evoformer_scope()`. The
-  arrays of these two are checked; the rest is handed through.
+  shapes of these two stacks are checked; other arrays are returned unchecked.
 
   Args:
-    path: an .npz file as AlphaFold publishes them.
+    path: an .npz file in the format that AlphaFold publishes.
+
+  Returns:
+    Haiku parameters {scope: {name: NumPy array}}.
 
   Raises:
-    ValueError: not such a file; arrays that are pickled objects, missing,
-      surplus or of another shape (all are listed).
+    ValueError: If the file is not in that format or contains pickled objects,
+      or if arrays are missing, unexpected or misshapen (all are listed).
   """
   try:
     with np.load(path, allow_pickle=False) as arrays:
       flat = {key: arrays[key] for key in arrays.files}
   except (ValueError, TypeError, EOFError, zipfile.BadZipFile):
     raise ValueError(
-      f'{path}: expected an .npz file of plain arrays; this is none, is '
-      'damaged, or holds pickled objects'
+      f'{path}: expected an .npz file of plain arrays, got another format, a '
+      'damaged file or pickled objects'
     ) from None
   params = {}
   for key, array in flat.items():
@@ -67,16 +70,17 @@ def load_params(path) -> dict:
 
 
 def save_params(path, params) -> None:
-  """Writes all parameters as an .npz that `load_params` and AlphaFold read.
+  """Write parameters to an .npz file for `load_params` and AlphaFold.
 
   Args:
-    path: the file; what it held is replaced when all is written.
+    path: the output file. An existing file is replaced atomically, once
+      everything is written.
     params: {scope: {name: array}}.
 
   Raises:
-    ValueError: no arrays, or a dtype that .npz files don't know, such as
-      bfloat16.
-    FileNotFoundError: the file's folder isn't there.
+    ValueError: If there are no arrays, or a dtype is not supported by .npz
+      files (for example bfloat16).
+    FileNotFoundError: If the parent folder does not exist.
   """
   flat = {}
   for scope, arrays in params.items():
@@ -84,7 +88,7 @@ def save_params(path, params) -> None:
       array = np.asarray(array)
       if array.dtype.kind in 'OV':
         raise ValueError(
-          f'{scope}//{name}: expected a dtype of NumPy, got {array.dtype}; '
+          f'{scope}//{name}: expected a NumPy dtype, got {array.dtype}; '
           'convert with .astype(jnp.float32)'
         )
       flat[f'{scope}//{name}'] = array
@@ -100,22 +104,22 @@ def save_params(path, params) -> None:
 
 
 def _differences(flat, stack):
-  """What is wrong with a stack's arrays, a line for each kind."""
+  """Describe a stack's missing, unexpected and misshapen arrays."""
   prefix = '/'.join((*_SCOPE, stack))
   found = {
     key.removeprefix(f'{prefix}/'): array.shape
     for key, array in flat.items()
     if key.startswith((f'{prefix}/', f'{prefix}//'))
   }
-  expected = _expected(found, _STACKS[stack])
+  expected = _expected_shapes(found, _STACKS[stack])
   return [f'{prefix}: {line}' for line in differences(found, expected)]
 
 
-def _expected(found, is_extra):
-  """Names and shapes of a stack of ours with the sizes that were found."""
+def _expected_shapes(found, is_extra):
+  """Names and shapes of an `EvoformerStack` with the sizes found in a file."""
 
   def size(default, axis, starts, *ends):
-    return _most(
+    return _most_common(
       (
         shape[axis]
         for name, shape in found.items()
@@ -145,7 +149,7 @@ def _expected(found, is_extra):
     num_pair_head=size(4, -2, pairs, *heads),
     num_outer_channel=size(32, -1, 'outer_', 'n//bias', 'n//weights'),
     num_intermediate_channel=size(128, -1, product, 'm//scale', 'm//offset'),
-    num_intermediate_factor=_most(factors, 4),
+    num_intermediate_factor=_most_common(factors, 4),
     fuse_projection_weights=count('/projection//', '/gate//')
     > count('left_gate//', 'right_gate//', 'left_projection//'),
   )
@@ -164,7 +168,7 @@ def _expected(found, is_extra):
   }
 
 
-def _most(values, default):
-  """What most say, so that a single misshapen array is told from the others."""
+def _most_common(values, default):
+  """The most common value: one misshapen array must not change the sizes."""
   counts = collections.Counter(values).most_common(1)
   return counts[0][0] if counts else default

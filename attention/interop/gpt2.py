@@ -1,6 +1,6 @@
-"""GPT-2's published weights (Radford et al. 2019) as a GPT's, and back.
+"""Conversion between GPT-2's published weights (Radford et al. 2019) and `GPT`.
 
-A folder as transformers reads and writes it: `config.json` and safetensors.
+Folders have the format of transformers: `config.json` and safetensors files.
 """
 
 import json
@@ -20,7 +20,7 @@ try:
   from safetensors import numpy as safetensors
 except ImportError:
   raise ImportError(
-    "GPT-2's files need safetensors: pip install -e '.[interop]'"
+    "GPT-2 files require safetensors: pip install -e '.[interop]'"
   ) from None
 
 _FIELDS = {
@@ -31,7 +31,7 @@ _FIELDS = {
   'model_size': 'n_embd',
   'with_tied_output': 'tie_word_embeddings',
 }
-# What our GPT computes, whether or not the file says so.
+# Settings that `GPT` supports; the config may omit them.
 _FIXED = {
   'activation_function': 'gelu_new',
   'layer_norm_epsilon': 1e-5,
@@ -42,7 +42,7 @@ _FIXED = {
 _DEFAULTS = {'tie_word_embeddings': True}
 _DROPOUT = ('attn_pdrop', 'embd_pdrop', 'resid_pdrop')
 _NORM = {'scale': 'weight', 'offset': 'bias'}
-_LINEAR = {'w': 'weight', 'b': 'bias'}  # Conv1D there: [in, out] too
+_LINEAR = {'w': 'weight', 'b': 'bias'}  # GPT-2's Conv1D has shape [in, out] too
 _BLOCK = {
   'attention_norm': ('ln_1', _NORM),
   'attention/qkv': ('attn.c_attn', _LINEAR),
@@ -51,38 +51,38 @@ _BLOCK = {
   'expand': ('mlp.c_fc', _LINEAR),
   'contract': ('mlp.c_proj', _LINEAR),
 }
-_MASKS = ('.attn.bias', '.attn.masked_bias')  # constants in older files
+_MASKS = ('.attn.bias', '.attn.masked_bias')  # constant masks in older files
 _OUTPUT = 'lm_head.weight'
 
 
 def load(folder) -> tuple[dict, dict]:
-  """The model in a folder.
+  """Load a GPT-2 model from a folder.
 
   `models.create('gpt', **fields)` inside `hk.transform` has these parameters.
 
   Args:
-    folder: with `config.json` and `model.safetensors` or, if there is none, any
-      number of other `*.safetensors`.
+    folder: a folder with `config.json` and `model.safetensors`. Without
+      `model.safetensors`, all `*.safetensors` files are read.
 
   Returns:
-    (fields, params): of `GPT`; {module: {name: NumPy array}} in the dtypes of
-    the files.
+    (fields, params): the fields of `GPT`, and {module: {name: NumPy array}} in
+    the dtypes of the files.
 
   Raises:
-    FileNotFoundError: one of them isn't there.
-    ValueError: another architecture than GPT-2's (says which key), a file that
-      is damaged, an array in two files, arrays that aren't of floats, that are
-      missing, surplus or misshapen (lists them).
+    FileNotFoundError: If the config or the weights do not exist.
+    ValueError: If the architecture is not GPT-2's (the message names the config
+      key), a file is damaged, an array is in two files or is not floating
+      point, or arrays are missing, unexpected or misshapen (all are listed).
   """
   folder = pathlib.Path(folder)
   fields = _read_config(folder / 'config.json')
   found = _read_arrays(folder)
   found = {k: a for k, a in found.items() if not k.endswith(_MASKS)}
   if fields['with_tied_output']:
-    found.pop(_OUTPUT, None)  # some files repeat the table
-  shapes, names = _shapes(fields), _names(fields)
+    found.pop(_OUTPUT, None)  # some files repeat the embedding table
+  shapes, names = _expected_shapes(fields), _gpt2_keys(fields)
   wrong = differences(
-    {key: _turned(key, array).shape for key, array in found.items()},
+    {key: _transpose_output(key, array).shape for key, array in found.items()},
     {names[at]: shape for at, shape in shapes.items()},
   )
   if wrong:
@@ -92,32 +92,33 @@ def load(folder) -> tuple[dict, dict]:
       raise ValueError(f'{folder}: {key}: expected floats, got {array.dtype}')
   params = {}
   for (module, leaf), key in names.items():
-    params.setdefault(module, {})[leaf] = _turned(key, found[key])
+    params.setdefault(module, {})[leaf] = _transpose_output(key, found[key])
   return fields, params
 
 
 def save(folder, fields: dict, params: dict) -> None:
-  """Writes a GPT as transformers' `GPT2LMHeadModel.from_pretrained` reads it.
+  """Write a `GPT` for `GPT2LMHeadModel.from_pretrained` of transformers.
 
   Args:
-    folder: made if it isn't there; files of these names are replaced.
-    fields: of `GPT`, as `config.model` of a run or `load` gives them, with
-      vocab_size.
-    params: {module: {name: array}}, the module named 'gpt'.
+    folder: the output folder, created if necessary. `config.json` and
+      `model.safetensors` are replaced.
+    fields: the fields of `GPT`, as in `config.model` of a run or returned by
+      `load`, including vocab_size.
+    params: {module: {name: array}} of a module named 'gpt'.
 
   Raises:
-    ValueError: fields that are missing or that a GPT doesn't have, a mixer that
-      GPT-2 doesn't have, or parameters that aren't those of such a GPT (lists
-      them). Nothing is written then.
+    ValueError: If fields are missing or unknown, the mixer is not attention, or
+      the parameters do not match the fields (all differences are listed).
+      Nothing is written in these cases.
   """
   if fields.get('mixer', 'attention') != 'attention':
     raise ValueError(
-      f"mixer: GPT-2 has 'attention' only, got {fields['mixer']!r}"
+      f"mixer: expected 'attention' for GPT-2, got {fields['mixer']!r}"
     )
   fields = {'with_tied_output': True} | dict(fields)
   for what, names in {
     'missing': _FIELDS.keys() - fields.keys(),
-    'a GPT has no': fields.keys() - GPT.__dataclass_fields__.keys(),
+    'unknown': fields.keys() - GPT.__dataclass_fields__.keys(),
   }.items():
     if names:
       raise ValueError(f'fields: {what} {", ".join(sorted(names))}')
@@ -125,9 +126,9 @@ def save(folder, fields: dict, params: dict) -> None:
   fields = {field: np.array(fields[field]).item() for field in _FIELDS}
   flat = {
     (module, name): np.asarray(array)
-    for module, name, array in hk.data_structures.traverse(_fused(params))
+    for module, name, array in hk.data_structures.traverse(_fuse_qkv(params))
   }
-  shapes, names = _shapes(fields), _names(fields)
+  shapes, names = _expected_shapes(fields), _gpt2_keys(fields)
   wrong = differences(
     {'//'.join(at): array.shape for at, array in flat.items()},
     {'//'.join(at): shape for at, shape in shapes.items()},
@@ -136,7 +137,7 @@ def save(folder, fields: dict, params: dict) -> None:
     raise ValueError(f'params: {"; ".join(wrong)}')
   arrays = {
     key if key == _OUTPUT else f'transformer.{key}': np.ascontiguousarray(
-      _turned(key, flat[at])
+      _transpose_output(key, flat[at])
     )
     for at, key in names.items()
   }
@@ -159,13 +160,13 @@ def save(folder, fields: dict, params: dict) -> None:
 
 
 def _read_arrays(folder):
-  """{name: array} of all files."""
+  """Read {name: array} from all files."""
   whole = folder / 'model.safetensors'
   paths = [whole] if whole.exists() else sorted(folder.glob('*.safetensors'))
   if not paths:
     raise FileNotFoundError(
-      f'{folder}: expected *.safetensors; weights in another format can be '
-      'converted by save_pretrained of transformers'
+      f'{folder}: expected *.safetensors files, got none; convert weights in '
+      'another format with save_pretrained of transformers'
     )
   found, origins = {}, {}
   for path in paths:
@@ -176,7 +177,7 @@ def _read_arrays(folder):
     for key, array in arrays.items():
       key = key.removeprefix('transformer.')
       if key in found:
-        raise ValueError(f'{key}: both in {origins[key]} and in {path}')
+        raise ValueError(f'{key}: expected once, got {origins[key]} and {path}')
       found[key], origins[key] = array, path
   return found
 
@@ -210,13 +211,13 @@ def _read_config(path):
   for key, value in fixed.items():
     if config.get(key) not in (None, value):
       raise ValueError(
-        f'{path}: {key}: a GPT has {value!r}, got {config[key]!r}'
+        f'{path}: {key}: expected {value!r}, got {config[key]!r}'
       )
   return {ours: config[theirs] for ours, theirs in _FIELDS.items()}
 
 
-def _shapes(fields):
-  """{(module, name): shape} of a GPT's parameters."""
+def _expected_shapes(fields):
+  """Return {(module, name): shape} of the parameters of `GPT`."""
   model = hk.transform(lambda tokens: GPT(**fields)(tokens))
   tokens = jax.ShapeDtypeStruct((1, 1), np.int32)
   shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)
@@ -226,8 +227,8 @@ def _shapes(fields):
   }
 
 
-def _names(fields):
-  """{(module, name): key of GPT-2}."""
+def _gpt2_keys(fields):
+  """Return {(module, name): GPT-2 key}."""
   modules = {'gpt/final_norm': ('ln_f', _NORM)} | {
     f'gpt/block_{i}/{ours}': (f'h.{i}.{theirs}', leaves)
     for i in range(fields['num_layers'])
@@ -246,13 +247,13 @@ def _names(fields):
   return names
 
 
-def _turned(key, array):
-  """The one matrix that GPT-2 holds as [out, in]."""
+def _transpose_output(key, array):
+  """Transpose the output matrix, which GPT-2 stores as [out, in]."""
   return array.T if key == _OUTPUT else array
 
 
-def _fused(params):
-  """Parameters with each whole triple of query, key and value as one `qkv`."""
+def _fuse_qkv(params):
+  """Concatenate matching query, key and value parameters to one `qkv`."""
   params = dict(params)
   for query in [m for m in params if m.endswith('/attention/query')]:
     stem = query.removesuffix('query')

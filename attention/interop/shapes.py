@@ -1,14 +1,14 @@
-"""What is wrong with arrays that came from somewhere else."""
+"""Comparison of array shapes with those expected."""
 
 
 def differences(found: dict, expected: dict) -> list[str]:
-  """Lines on arrays that are missing, surplus and misshapen; none if all fit.
+  """Describe missing, unexpected and misshapen arrays; empty if all match.
 
   Args:
     found: {name: shape}.
-    expected: the same.
+    expected: {name: shape}.
   """
-  wrong = [
+  mismatched = [
     f'{name} expected {expected[name]}, got {found[name]}'
     for name in sorted(expected.keys() & found.keys())
     if expected[name] != found[name]
@@ -17,8 +17,8 @@ def differences(found: dict, expected: dict) -> list[str]:
     f'{kind} {", ".join(names)}'
     for kind, names in (
       ('missing', sorted(expected.keys() - found.keys())),
-      ('surplus', sorted(found.keys() - expected.keys())),
-      ('misshapen:', wrong),
+      ('unexpected', sorted(found.keys() - expected.keys())),
+      ('wrong shape:', mismatched),
     )
     if names
   ]

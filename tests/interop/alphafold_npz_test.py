@@ -1,4 +1,4 @@
-"""AlphaFold's parameter files: read, checked, written back as they were."""
+"""Tests of reading, validating and writing AlphaFold's parameter files."""
 
 import json
 import pathlib
@@ -19,7 +19,7 @@ S, N, A, E, Z = 5, 3, 12, 10, 8
 
 
 def _stacks(msa, extra, pair):
-  """AlphaFold's two stacks, small."""
+  """Small versions of AlphaFold's two stacks."""
   sizes = dict(
     num_msa_head=2,
     num_pair_head=4,
@@ -39,7 +39,7 @@ def _stacks(msa, extra, pair):
 
 @pytest.fixture(scope='module')
 def flat():
-  """What a small AlphaFold's file holds."""
+  """The arrays of a parameter file of a small AlphaFold."""
   shapes = jax.eval_shape(
     hk.transform(_stacks).init,
     jax.random.key(0),
@@ -53,7 +53,7 @@ def flat():
   return arrays | {_HEAD: rng.normal(size=(2, 3)).astype('f2').T}
 
 
-def test_parameters_come_back_byte_for_byte(flat, tmp_path):
+def test_saving_loaded_parameters_preserves_bytes(flat, tmp_path):
   np.savez(tmp_path / 'one.npz', **flat)
   params = alphafold.load_params(tmp_path / 'one.npz')
   alphafold.save_params(tmp_path / 'two.npz', params)
@@ -68,7 +68,7 @@ def test_parameters_come_back_byte_for_byte(flat, tmp_path):
   assert sorted(p.name for p in tmp_path.iterdir()) == ['one.npz', 'two.npz']
 
 
-def test_parameters_serve_the_stacks(flat, tmp_path):
+def test_loaded_parameters_match_the_stacks(flat, tmp_path):
   np.savez(tmp_path / 'one.npz', **flat)
   params = alphafold.load_params(tmp_path / 'one.npz')
   shapes = jax.eval_shape(
@@ -81,7 +81,7 @@ def test_parameters_serve_the_stacks(flat, tmp_path):
 
 
 @pytest.mark.parametrize('name', ['names_model_1', 'names_model_1_multimer_v3'])
-def test_published_names_and_shapes_are_the_stacks(name):
+def test_published_names_and_shapes_match_the_stacks(name):
   names = json.loads((_GOLDEN / f'{name}.json').read_text())
   flat = {k: np.broadcast_to(np.float32(0), s) for k, s in names.items()}
   for stack in ('evoformer_iteration', 'extra_msa_stack'):
@@ -91,7 +91,7 @@ def test_published_names_and_shapes_are_the_stacks(name):
 _LAYER = f'{_PREFIX}/evoformer_iteration/pair_transition/transition1'
 
 
-def test_faults_are_listed_on_both_sides(flat, tmp_path):
+def test_missing_unexpected_and_misshapen_arrays_are_listed(flat, tmp_path):
   flat = dict(flat)
   flat[f'{_LAYER}//weights'] = np.zeros((3, Z, 5), 'f')
   flat[f'{_PREFIX}/extra_msa_stack/more//b'] = flat.pop(
@@ -102,7 +102,7 @@ def test_faults_are_listed_on_both_sides(flat, tmp_path):
     alphafold.load_params(tmp_path / 'bad.npz')
   message = str(info.value)
   assert 'missing outer_product_mean//output_b' in message
-  assert 'surplus more//b' in message
+  assert 'unexpected more//b' in message
   assert (
     'pair_transition/transition1//weights expected (3, 8, 16), got (3, 8, 5)'
     in message
@@ -110,13 +110,15 @@ def test_faults_are_listed_on_both_sides(flat, tmp_path):
   assert 'half_logits' not in message and '\n' not in message
 
 
-@pytest.mark.parametrize('content', ['pickled', 'no zip', 'one array', 'keys'])
-def test_other_files_are_refused(content, flat, tmp_path):
+@pytest.mark.parametrize(
+  'content', ['pickled', 'not a zip', 'one array', 'keys']
+)
+def test_invalid_files_raise(content, flat, tmp_path):
   path = tmp_path / 'bad.npz'
   if content == 'pickled':
     np.savez(path, **{'a//b': np.array([object()])})
-  elif content == 'no zip':
-    path.write_bytes(b'none of this')
+  elif content == 'not a zip':
+    path.write_bytes(b'not a zip file')
   elif content == 'one array':
     with path.open('wb') as file:
       np.save(file, np.ones(3))
@@ -127,7 +129,7 @@ def test_other_files_are_refused(content, flat, tmp_path):
   assert 'allow_pickle' not in str(info.value)
 
 
-def test_what_npz_cannot_hold_is_not_written(tmp_path):
+def test_unsupported_parameters_are_not_written(tmp_path):
   params = {'a': {'b': jnp.ones(3, jnp.bfloat16)}}
   with pytest.raises(ValueError, match='a//b: expected .* got bfloat16'):
     alphafold.save_params(tmp_path / 'x.npz', params)
@@ -136,7 +138,7 @@ def test_what_npz_cannot_hold_is_not_written(tmp_path):
   assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_is_missing_is_named(tmp_path):
+def test_missing_folder_raises(tmp_path):
   params = {'a': {'b': np.ones(3)}}
   with pytest.raises(FileNotFoundError, match='none: no such folder'):
     alphafold.save_params(tmp_path / 'none' / 'x.npz', params)

@@ -1,4 +1,4 @@
-"""AlphaFold's classes: in its code's place, from its config, with its masks."""
+"""Tests of AlphaFold's classes: substitution, configs, masks and dropout."""
 
 import sys
 import types
@@ -16,7 +16,7 @@ from attention.modules.evoformer import drop_shared
 
 S, N, A, Z = 5, 7, 12, 8
 _PACKAGE = 'alphafold_standin'
-# A sibling in the same package, and the file whose classes are replaced.
+# Sources of a sibling module, and of the module whose classes are replaced.
 _SIBLING = """
 import jax.numpy as jnp
 
@@ -59,7 +59,7 @@ def model(config, x, mask):
 """
 
 
-# As older AlphaFolds are, and ColabFold's is.
+# The signature of ColabFold and older AlphaFold versions.
 _WITH_BIAS = (
   _MODULES.replace('m_data, mask,', 'm_data, bias,')
   .replace('jnp.where(mask, logits, -1e9)', 'logits + bias')
@@ -75,7 +75,7 @@ def _module(name, source):
 
 @pytest.fixture(params=[_MODULES, _WITH_BIAS], ids=['mask', 'bias'])
 def modules(monkeypatch, request):
-  """A package that looks like AlphaFold's, with one of its classes."""
+  """A stand-in for AlphaFold's package, with one of its classes."""
   sources = {'a': _SIBLING, 'modules': request.param}
   made = {n: _module(n, s) for n, s in sources.items()}
   for module in made.values():
@@ -97,7 +97,7 @@ def call(modules, arrays):
   return model, model.init(jax.random.key(0), x, mask), (x, mask)
 
 
-def test_use_in_swaps_classes_and_leaves_all_as_it_was(modules):
+def test_use_in_replaces_and_restores_classes(modules):
   before, sibling = dict(vars(modules)), dict(vars(modules.sibling))
   with alphafold.use_in(modules):
     assert issubclass(modules.Attention, alphafold.Attention)
@@ -109,7 +109,7 @@ def test_use_in_swaps_classes_and_leaves_all_as_it_was(modules):
   assert vars(modules) == before and vars(modules.sibling) == sibling
 
 
-def test_a_function_jitted_before_changes_with_the_classes(
+def test_use_in_retraces_previously_jitted_functions(
   modules, call, assert_close
 ):
   model, params, inputs = call
@@ -124,7 +124,7 @@ def test_a_function_jitted_before_changes_with_the_classes(
   assert modules.traced == ['theirs']
 
 
-def test_parameters_are_the_same_trees_and_numbers(modules, call):
+def test_initial_parameters_are_identical(modules, call):
   model, theirs, inputs = call
   with alphafold.use_in(modules):
     ours = model.init(jax.random.key(0), *inputs)
@@ -132,7 +132,7 @@ def test_parameters_are_the_same_trees_and_numbers(modules, call):
   jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
-def test_old_names_of_arguments_work_inside_only(modules):
+def test_removed_argument_names_work_inside_use_in_only(modules):
   x = jnp.arange(-2, 5)
   with alphafold.use_in(modules):
     assert modules.sibling.clipped(x).max() == 2
@@ -143,7 +143,7 @@ def test_old_names_of_arguments_work_inside_only(modules):
     modules.sibling.clipped(x)
 
 
-def test_use_in_refuses_what_has_no_such_class():
+def test_use_in_raises_without_alphafold_classes():
   with (
     pytest.raises(ValueError, match='modules: expected'),
     alphafold.use_in(types.ModuleType('nothing')),
@@ -152,7 +152,7 @@ def test_use_in_refuses_what_has_no_such_class():
 
 
 def _config(**changes):
-  """AlphaFold's, small."""
+  """A small version of AlphaFold's config."""
   drop = dict(shared_dropout=True, orientation='per_row')
   msa = dict(num_head=2, gating=True, dropout_rate=0.15, **drop)
   pair = dict(num_head=4, gating=True, dropout_rate=0.25, **drop)
@@ -189,23 +189,23 @@ def _global_config(**changes):
 
 
 class _SafeKey:
-  """Tells which of its keys were taken."""
+  """A SafeKey that records which of its keys are used."""
 
-  def __init__(self, key, name='', taken=None):
+  def __init__(self, key, name='', used=None):
     self.key, self.name = key, name
-    self.taken = [] if taken is None else taken
+    self.used = [] if used is None else used
 
   def get(self):
-    self.taken.append(self.name)
+    self.used.append(self.name)
     return self.key
 
   def split(self, number):
     keys = jax.random.split(self.key, number)
-    return tuple(_SafeKey(k, i, self.taken) for i, k in enumerate(keys))
+    return tuple(_SafeKey(k, i, self.used) for i, k in enumerate(keys))
 
 
-def _keys_taken(is_training, **changes):
-  """Which of AlphaFold's ten keys a block drops with."""
+def _used_keys(is_training, **changes):
+  """Indices of AlphaFold's ten keys that a block uses for dropout."""
   safe_key = _SafeKey(jax.random.key(2))
 
   def block(msa, pair):
@@ -223,15 +223,15 @@ def _keys_taken(is_training, **changes):
 
   shapes = (jnp.ones((S, N, A)), jnp.ones((N, N, Z)))
   jax.eval_shape(hk.transform(block).init, jax.random.key(0), *shapes)
-  return safe_key.taken
+  return safe_key.used
 
 
-def test_dropout_takes_alphafolds_keys_and_only_in_training():
-  # Those of row attention and of the four triangle layers.
-  assert _keys_taken(True) == [1, 5, 6, 7, 8]
-  assert _keys_taken(False) == []
-  assert _keys_taken(True, deterministic=True) == []
-  assert _keys_taken(False, eval_dropout=True) == [1, 5, 6, 7, 8]
+def test_dropout_uses_the_same_keys_as_alphafold():
+  # The keys of row attention and of the four triangle layers.
+  assert _used_keys(True) == [1, 5, 6, 7, 8]
+  assert _used_keys(False) == []
+  assert _used_keys(True, deterministic=True) == []
+  assert _used_keys(False, eval_dropout=True) == [1, 5, 6, 7, 8]
 
 
 def test_dropout_is_shared_along_its_axis(arrays):
@@ -243,7 +243,7 @@ def test_dropout_is_shared_along_its_axis(arrays):
 
 
 @pytest.mark.parametrize('dtype', ['bool', 'int8', 'float32', 'bfloat16'])
-def test_masks_are_noughts_and_ones_of_any_dtype(dtype, arrays, assert_close):
+def test_masks_of_any_dtype_are_accepted(dtype, arrays, assert_close):
   (x,) = arrays((S, N, A))
   ones = np.random.default_rng(0).random((1, 1, 1, N)) < 0.7
   config = ml_collections.ConfigDict(dict(num_head=2, gating=True))
@@ -269,7 +269,7 @@ _SMALL = dict(num_head=2, gating=True, orientation='per_row')
       lambda: alphafold.Attention(
         ml_collections.ConfigDict(dict(gating=True)), _global_config(), A
       ),
-      "config: expected a key 'num_head', got none; AlphaFold's is 8",
+      "config: expected a key 'num_head', got none; AlphaFold uses 8",
     ),
     (
       lambda: alphafold.Attention(types.SimpleNamespace(), None, A),
@@ -315,7 +315,7 @@ _SMALL = dict(num_head=2, gating=True, orientation='per_row')
     ),
   ],
 )
-def test_bad_input_is_named(make, message):
+def test_invalid_inputs_raise(make, message):
   with pytest.raises(ValueError, match=message):
     hk.transform(make).init(jax.random.key(0))
 
@@ -339,6 +339,6 @@ def test_attention_takes_the_shapes_of_alphafolds_docstrings(
   assert_close(short, run.apply(params, None, mask[:, None], heads))
 
 
-def test_classes_are_modules_of_the_library():
+def test_classes_are_subclasses_of_the_modules():
   assert issubclass(alphafold.Attention, attention.GatedAttention)
   assert issubclass(alphafold.GlobalAttention, attention.GlobalAttention)

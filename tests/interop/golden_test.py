@@ -1,4 +1,4 @@
-"""AlphaFold's own modules, recorded: outputs, gradients, parameters' names."""
+"""Comparison with recorded outputs and gradients of AlphaFold's modules."""
 
 import json
 import pathlib
@@ -41,7 +41,7 @@ def _model(name, config):
       )
 
     return block
-  # The longest that fits: msa_column_global_attention is no attention.
+  # The longest matching name, since some names are prefixes of others.
   kind = max((n for n in _CLASSES if name.startswith(n)), key=len)
   sizes = [
     config[key] for key in ('output_dim', 'num_output_channel') if key in config
@@ -52,7 +52,7 @@ def _model(name, config):
 
 
 def _read(name):
-  """The recording: model, inputs, parameters, and what came of them."""
+  """Read a recording: model, inputs, parameters, outputs and gradients."""
   parts = {kind: {} for kind in ('in', 'out', 'cot', 'param', 'grad')}
   with np.load(_GOLDEN / f'{name}.npz') as arrays:
     config = ml_collections.ConfigDict(json.loads(str(arrays['cfg'])))
@@ -67,7 +67,7 @@ def _read(name):
 
 
 @pytest.mark.parametrize('name', _FILES)
-def test_parameters_are_those_recorded(name):
+def test_parameters_match_the_recording(name):
   model, parts = _read(name)
   shapes = jax.eval_shape(
     lambda rng: model.init(rng, **parts['in']), jax.random.key(0)
@@ -77,7 +77,7 @@ def test_parameters_are_those_recorded(name):
 
 
 @pytest.mark.parametrize('name', _FILES)
-def test_outputs_and_gradients_are_those_recorded(name, assert_close):
+def test_outputs_and_gradients_match_the_recording(name, assert_close):
   model, parts = _read(name)
 
   def run(params):
@@ -86,7 +86,7 @@ def test_outputs_and_gradients_are_those_recorded(name, assert_close):
     )
     return outputs, vjp(parts['cot'])[0]
 
-  # Optimised code would take longer to make than to run.
+  # Optimising would take longer than running the unoptimised program.
   options = {'xla_backend_optimization_level': 0}
   outputs, grads = jax.jit(run, compiler_options=options)(parts['param'])
   assert outputs.keys() == parts['out'].keys()
@@ -95,7 +95,7 @@ def test_outputs_and_gradients_are_those_recorded(name, assert_close):
   largest = max(np.abs(x).max() for x in jax.tree.leaves(parts['grad']))
   for module, leaf, grad in hk.data_structures.traverse(grads):
     expected = parts['grad'][module][leaf]
-    # What is alike for all keys has no gradient but rounding.
+    # Terms constant over keys have zero gradients, up to rounding.
     if np.abs(expected).max() < 1e-6 * largest:
       assert np.abs(grad).max() < 1e-5 * largest
     else:

@@ -1,4 +1,4 @@
-"""GPT-2's files: read, checked, written; the same logits."""
+"""Tests of reading, validating and writing GPT-2 files."""
 
 import json
 import pathlib
@@ -40,7 +40,7 @@ def _configure(folder, **keys):
   path.write_text(json.dumps(json.loads(path.read_text()) | keys))
 
 
-def test_loaded_weights_give_the_logits_that_transformers_recorded(
+def test_logits_match_transformers(
   assert_close,
 ):
   recorded = np.load(_GOLDEN / 'logits.npz')
@@ -48,7 +48,7 @@ def test_loaded_weights_give_the_logits_that_transformers_recorded(
   assert_close(logits, recorded['logits'])
 
 
-def test_saved_and_loaded_are_the_same_bytes(tmp_path):
+def test_saving_loaded_weights_preserves_bytes(tmp_path):
   gpt2.save(tmp_path / 'new', *gpt2.load(_GOLDEN))
   old, new = (
     safetensors.load_file(f / 'model.safetensors')
@@ -59,9 +59,7 @@ def test_saved_and_loaded_are_the_same_bytes(tmp_path):
 
 
 @pytest.mark.parametrize('fused_qkv', [True, False])
-def test_an_untied_gpt_of_ours_survives_saving(
-  tmp_path, fused_qkv, assert_close
-):
+def test_untied_gpt_round_trips(tmp_path, fused_qkv, assert_close):
   fields = dict(
     vocab_size=11,
     context_size=7,
@@ -81,7 +79,7 @@ def test_an_untied_gpt_of_ours_survives_saving(
   assert_close(_logits(loaded, again, tokens), expected)
 
 
-def test_parts_constants_and_bare_names_of_published_files_are_read(folder):
+def test_sharded_files_constants_and_bare_names_are_read(folder):
   _, expected = gpt2.load(folder)
   arrays = safetensors.load_file(folder / 'model.safetensors')
   bare = {k.removeprefix('transformer.'): a for k, a in arrays.items()}
@@ -96,18 +94,20 @@ def test_parts_constants_and_bare_names_of_published_files_are_read(folder):
   jax.tree.map(np.testing.assert_array_equal, gpt2.load(folder)[1], expected)
   path = folder / 'part-0.safetensors'
   again = shutil.copy(path, folder / 'part-2.safetensors')
-  with pytest.raises(ValueError, match=f': both in {path} and in {again}'):
+  with pytest.raises(
+    ValueError, match=f': expected once, got {path} and {again}'
+  ):
     gpt2.load(folder)
 
 
-def test_model_safetensors_is_read_alone(folder):
+def test_model_safetensors_takes_precedence(folder):
   _, expected = gpt2.load(folder)
   for key, array in safetensors.load_file(folder / 'model.safetensors').items():
     safetensors.save_file({key: array + 1}, folder / 'other.safetensors')
   jax.tree.map(np.testing.assert_array_equal, gpt2.load(folder)[1], expected)
 
 
-def test_arrays_that_do_not_fit_are_all_listed(folder):
+def test_all_mismatched_arrays_are_listed(folder):
   def change(arrays):
     del arrays['transformer.wpe.weight']
     arrays['transformer.h.7.ln_1.bias'] = np.zeros(3, np.float32)
@@ -117,12 +117,12 @@ def test_arrays_that_do_not_fit_are_all_listed(folder):
   with pytest.raises(ValueError) as error:
     gpt2.load(folder)
   assert str(error.value) == (
-    f'{folder}: missing wpe.weight; surplus h.7.ln_1.bias; '
-    'misshapen: ln_f.bias expected (12,), got (5,)'
+    f'{folder}: missing wpe.weight; unexpected h.7.ln_1.bias; '
+    'wrong shape: ln_f.bias expected (12,), got (5,)'
   )
 
 
-def test_arrays_of_integers_are_refused(folder):
+def test_integer_arrays_raise(folder):
   key = 'transformer.h.1.mlp.c_fc.weight'
   _change(folder, lambda arrays: arrays.update({key: arrays[key].astype('i1')}))
   with pytest.raises(ValueError, match='h.1.mlp.c_fc.weight: .* got int8'):
@@ -132,9 +132,9 @@ def test_arrays_of_integers_are_refused(folder):
 @pytest.mark.parametrize(
   ('keys', 'message'),
   [
-    (dict(activation_function='relu'), "a GPT has 'gelu_new', got 'relu'"),
+    (dict(activation_function='relu'), "expected 'gelu_new', got 'relu'"),
     (dict(layer_norm_epsilon=1e-6), 'layer_norm_epsilon'),
-    (dict(n_inner=13), 'n_inner: a GPT has 48, got 13'),
+    (dict(n_inner=13), 'n_inner: expected 48, got 13'),
     (dict(scale_attn_by_inverse_layer_idx=True), 'scale_attn_by'),
     (dict(model_type='llama'), "model_type: expected 'gpt2', got 'llama'"),
     (dict(n_embd=None), 'config.json: n_embd: expected a positive .* got None'),
@@ -143,13 +143,13 @@ def test_arrays_of_integers_are_refused(folder):
     (dict(tie_word_embeddings=1), 'expected true or false, got 1'),
   ],
 )
-def test_what_a_gpt_cannot_compute_is_refused_by_its_key(folder, keys, message):
+def test_unsupported_config_values_raise(folder, keys, message):
   _configure(folder, **keys)
   with pytest.raises(ValueError, match=message):
     gpt2.load(folder)
 
 
-def test_missing_and_damaged_files_are_named(folder):
+def test_missing_and_damaged_files_raise(folder):
   path = folder / 'model.safetensors'
   path.write_bytes(path.read_bytes()[:99])
   with pytest.raises(ValueError, match=f'{path}: not safetensors'):
@@ -173,13 +173,13 @@ def test_missing_and_damaged_files_are_named(folder):
       gpt2.load(missing)
 
 
-def test_what_is_no_gpt2_is_not_saved(tmp_path):
+def test_invalid_models_are_not_saved(tmp_path):
   fields, params = gpt2.load(_GOLDEN)
-  with pytest.raises(ValueError, match="'attention' only, got 'lstm'"):
+  with pytest.raises(ValueError, match="expected 'attention' .*, got 'lstm'"):
     gpt2.save(tmp_path, fields | {'mixer': 'lstm'}, params)
-  with pytest.raises(ValueError, match='params: surplus gpt/block_1/'):
+  with pytest.raises(ValueError, match='params: unexpected gpt/block_1/'):
     gpt2.save(tmp_path, fields | {'num_layers': 1}, params)
-  with pytest.raises(ValueError, match='fields: a GPT has no num_layer, width'):
+  with pytest.raises(ValueError, match='fields: unknown num_layer, width'):
     gpt2.save(tmp_path, fields | {'width': 12, 'num_layer': 2}, params)
   with pytest.raises(TypeError):
     gpt2.save(tmp_path, fields | {'dropout_rate': object()}, params)
@@ -190,7 +190,7 @@ def test_what_is_no_gpt2_is_not_saved(tmp_path):
 
 
 @pytest.mark.parametrize('lost', ['query', 'key', 'value', 'b'])
-def test_an_incomplete_unfused_block_is_told_by_its_arrays(tmp_path, lost):
+def test_incomplete_unfused_block_raises(tmp_path, lost):
   fields, params = gpt2.load(_GOLDEN)
   qkv = params.pop('gpt/block_1/attention/qkv')
   for i, part in enumerate(('query', 'key', 'value')):
@@ -205,7 +205,7 @@ def test_an_incomplete_unfused_block_is_told_by_its_arrays(tmp_path, lost):
     gpt2.save(tmp_path, fields, params)
 
 
-def test_fields_may_be_of_numpy_and_more_than_gpt2_has(tmp_path):
+def test_numpy_fields_and_additional_fields_are_accepted(tmp_path):
   fields, params = gpt2.load(_GOLDEN)
   ours = {'implementation': 'chunked', 'use_scan': True, 'fused_qkv': False}
   numbers = {'num_layers': np.int64(2), 'dropout_rate': np.float32(0.25)}
@@ -216,7 +216,7 @@ def test_fields_may_be_of_numpy_and_more_than_gpt2_has(tmp_path):
     assert config[key] == 0.25
 
 
-def test_transformers_reads_what_is_saved(tmp_path, assert_close):
+def test_transformers_loads_saved_models(tmp_path, assert_close):
   transformers = pytest.importorskip('transformers')
   torch = pytest.importorskip('torch')
   fields, params = gpt2.load(_GOLDEN)
