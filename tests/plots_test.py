@@ -1,4 +1,4 @@
-"""Pictures say what the numbers say; the page works in a browser."""
+"""Tests of the plots, and of the viewer in a browser."""
 
 import html
 import re
@@ -23,7 +23,7 @@ def _images(figure):
   return [axes.images[0] for axes in figure.axes if axes.images]
 
 
-def test_a_grid_has_a_row_a_layer_in_order_and_a_column_a_head():
+def test_grid_has_a_row_per_layer_and_a_column_per_head():
   patterns = {
     'gpt/block_10/attention': _patterns(1, 2, 5, 5),
     'gpt/block_9/attention': _patterns(1, 3, 5, 5),
@@ -45,9 +45,7 @@ def test_a_grid_has_a_row_a_layer_in_order_and_a_column_a_head():
 
 
 @pytest.mark.parametrize('queries_as', ['rows', 'columns'])
-def test_a_pattern_has_its_queries_where_they_are_asked_for(
-  tmp_path, queries_as
-):
+def test_pattern_draws_queries_as_rows_or_columns(tmp_path, queries_as):
   weights = _patterns(3, 5)
   figure = plots.pattern(
     weights, 'xyz', TOKENS, queries_as=queries_as, title='layer $, head 1'
@@ -65,7 +63,7 @@ def test_a_pattern_has_its_queries_where_they_are_asked_for(
   np.testing.assert_allclose(shown, weights, rtol=1e-6)
 
 
-def test_a_flow_line_is_as_wide_as_the_weight(tmp_path):
+def test_flow_line_widths_are_proportional_to_weights(tmp_path):
   weights = [[0.75, 0.25, 0], [0, 0.01, 0.99]]
   figure = plots.flow(weights, 'pq', 'xyz', title='layer, head 1')
   figure.savefig(tmp_path / 'flow.png')
@@ -74,7 +72,7 @@ def test_a_flow_line_is_as_wide_as_the_weight(tmp_path):
   np.testing.assert_allclose(widths, [3.75, 1.25, 4.95])
 
 
-def test_a_confusion_matrix_shows_its_counts(tmp_path):
+def test_confusion_matrix_shows_counts(tmp_path):
   counts = np.array([[5, 1], [0, 7]])
   path = tmp_path / 'plots' / 'confusion.png'
   figure = plots.confusion_matrix(counts, ['cat', 'dog'], path)
@@ -82,7 +80,7 @@ def test_a_confusion_matrix_shows_its_counts(tmp_path):
   assert path.stat().st_size > 1000
 
 
-def test_shapes_and_labels_that_do_not_fit_are_errors():
+def test_mismatched_shapes_and_labels_raise():
   pattern = _patterns(3, 5)
   for call, message in (
     (lambda: plots.pattern(pattern[0]), r'expected \[q, k\], got shape \(5,\)'),
@@ -99,7 +97,7 @@ def test_shapes_and_labels_that_do_not_fit_are_errors():
 
 
 def _browse(page, script, tmp_path):
-  """The page's document after a script has run in it."""
+  """The document of a page after a script has run."""
   browser = shutil.which('chromium') or shutil.which('google-chrome')
   if browser is None:
     pytest.skip('no chromium on this machine')
@@ -130,9 +128,9 @@ at('queries').children[2].dispatchEvent(new MouseEvent('mouseenter'));
 const found = [...at('SIDE').children].map(b => +b.title);
 const shades = [...at('SIDE').children].map(
   b => +b.style.background.match(/([\d.e-]+)\)$/)[1]);
-const said = at('said').textContent;
+const before = at('status').textContent;
 at('layer').value = 0; chooseLayer();
-document.body.append(said + ' then ' + at('said').textContent +
+document.body.append(before + ' then ' + at('status').textContent +
   ' shades ' + JSON.stringify(shades) + ' found ' + JSON.stringify(found) +
   ' ' + at('map').width + 'x' + at('map').height);
 """
@@ -164,4 +162,6 @@ def test_hovering_in_a_browser_shows_the_weights(tmp_path, side, keys):
   )
   assert weights[2] == f'{num_keys}x5'
   assert '</script> (2) attends to' in shown
-  assert re.search(r'\d then Hover over a token', shown), 'an old sentence'
+  assert re.search(r'\d then Hover over a token', shown), (
+    'the status is outdated'
+  )

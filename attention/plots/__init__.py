@@ -1,4 +1,4 @@
-"""Pictures: of how a run went, and of what a model attends to."""
+"""Plots of training runs and of attention patterns."""
 
 from attention.plots.patterns import flow, pattern, pattern_grid, rows
 from attention.plots.runs import confusion_matrix, loss_curve

@@ -1,4 +1,4 @@
-"""Attention patterns as pictures, each a matplotlib `Figure`."""
+"""Plots of attention patterns as matplotlib `Figure`s."""
 
 import re
 
@@ -10,19 +10,19 @@ _VISIBLE = {' ': '␣', '\n': '⏎', '\t': '⇥', '\r': '␍', '': '∅'}
 
 
 def rows(patterns) -> list[tuple[str, np.ndarray]]:
-  """Patterns by layer: (label, [h, q, k]), in the order of the layers' numbers.
+  """List patterns as (label, [h, q, k]), in the natural order of their paths.
 
   Args:
-    patterns: by module path, as `attention.capture` returns them. Leading axes
-      (layers of a stack, members of a batch) become rows of their own.
+    patterns: arrays by module path, as returned by `attention.capture`. Each
+      index of the leading axes (layers of a stack, batch rows) becomes an item.
 
   Raises:
-    ValueError: no pattern, or one of fewer than three axes.
+    ValueError: If there are no patterns, or one has fewer than three axes.
   """
   if not patterns:
     raise ValueError('patterns: expected at least one, got none')
   found = []
-  for path in sorted(patterns, key=_natural):
+  for path in sorted(patterns, key=_natural_key):
     array = np.asarray(patterns[path], np.float32)
     if array.ndim < 3:
       raise ValueError(
@@ -30,7 +30,7 @@ def rows(patterns) -> list[tuple[str, np.ndarray]]:
       )
     leading = array.shape[:-3]
     for index in np.ndindex(leading):
-      # An axis of one says nothing.
+      # Axes of size one need no index in the label.
       numbers = [i for i, n in zip(index, leading, strict=True) if n > 1]
       label = path + ''.join(f'[{i}]' for i in numbers)
       found.append((label, array[index]))
@@ -38,14 +38,14 @@ def rows(patterns) -> list[tuple[str, np.ndarray]]:
 
 
 def pattern_grid(patterns, *, head_numbers=None) -> Figure:
-  """All patterns at once: a row a layer, a column a head.
+  """Plot all patterns in a grid with a row per layer and a column per head.
 
   Args:
-    patterns: by module path, see `rows`.
-    head_numbers: what to call the heads; 0, 1, … by default.
+    patterns: arrays by module path; see `rows`.
+    head_numbers: numbers in the titles of the heads; 0, 1, … by default.
 
   Raises:
-    ValueError: see `rows`.
+    ValueError: See `rows`.
   """
   layers = rows(patterns)
   num_heads = max(len(heads) for _, heads in layers)
@@ -64,7 +64,7 @@ def pattern_grid(patterns, *, head_numbers=None) -> Figure:
       image = axes.imshow(
         heads[number], vmin=0, vmax=largest, cmap=_COLOURS, aspect='auto'
       )
-    # The path's end tells layers apart; all of it would not fit.
+    # The end of the path identifies the layer; the whole path would not fit.
     panels[0].set_ylabel('\n'.join(label.split('/')[-2:]), fontsize=7)
   for number, axes in enumerate(grid[0]):
     name = number if head_numbers is None else head_numbers[number]
@@ -79,17 +79,19 @@ def pattern_grid(patterns, *, head_numbers=None) -> Figure:
 def pattern(
   weights, queries=None, keys=None, *, queries_as='rows', title=''
 ) -> Figure:
-  """One pattern, tokens on both axes.
+  """Plot one pattern as a heat map with tokens on both axes.
 
   Args:
     weights: [q, k].
-    queries: a label a query; numbers by default.
-    keys: a label a key; `queries` by default, if there are as many.
-    queries_as: 'rows', or 'columns': each column then sums to 1.
-    title: such as the layer and the head.
+    queries: a label per query; numbers by default.
+    keys: a label per key; by default `queries` for square weights, otherwise
+      numbers.
+    queries_as: 'rows', or 'columns', in which case each column sums to 1.
+    title: the title of the figure, for example the layer and the head.
 
   Raises:
-    ValueError: labels that don't fit the weights, or another `queries_as`.
+    ValueError: If the labels do not match the weights, or `queries_as` is
+      unknown.
   """
   weights, queries, keys = _check(weights, queries, keys)
   if queries_as not in ('rows', 'columns'):
@@ -108,14 +110,14 @@ def pattern(
   axes.set_yticks(range(len(down)), down, **style)
   axes.set(ylabel=names[0], xlabel=names[1])
   figure.colorbar(image, label='weight')
-  _entitle(figure, title)
+  _add_title(figure, title)
   return figure
 
 
 def flow(weights, queries=None, keys=None, *, title='') -> Figure:
-  """Queries above, keys below, a line between them as wide as the weight.
+  """Plot queries above keys, joined by lines as wide as the weights.
 
-  Args, Raises: as `pattern`.
+  Arguments and errors are those of `pattern`. Weights up to 0.02 are not drawn.
   """
   weights, queries, keys = _check(weights, queries, keys)
   longest = max(len(queries), len(keys))
@@ -123,7 +125,7 @@ def flow(weights, queries=None, keys=None, *, title='') -> Figure:
     figsize=(min(24, max(4, 0.3 * longest + 1)), 3.2), layout='constrained'
   )
   axes = figure.subplots()
-  # Both rows fill the width.
+  # Spread both rows of tokens over the full width.
   top = np.linspace(0, 1, len(queries) + 2)[1:-1]
   bottom = np.linspace(0, 1, len(keys) + 2)[1:-1]
   for q, k in np.argwhere(weights > 0.02):
@@ -144,18 +146,18 @@ def flow(weights, queries=None, keys=None, *, title='') -> Figure:
   axes.text(0, -0.04, 'key', va='top', ha='right', color='0.5')
   axes.set(xlim=(0, 1), ylim=(-0.12, 1.12))
   axes.axis('off')
-  _entitle(figure, title)
+  _add_title(figure, title)
   return figure
 
 
-def _entitle(figure, title):
+def _add_title(figure, title):
   if title:
-    # A path may be longer than a small picture is wide: it wraps.
+    # Wrap, because a path may be wider than a small figure.
     figure.suptitle(title, fontsize=9, wrap=True, parse_math=False)
 
 
 def _check(weights, queries, keys):
-  """The weights, and labels that can be seen."""
+  """Validate the weights and labels; return labels with visible whitespace."""
   weights = np.asarray(weights, np.float32)
   if weights.ndim != 2:
     raise ValueError(f'weights: expected [q, k], got shape {weights.shape}')
@@ -171,22 +173,22 @@ def _check(weights, queries, keys):
   ):
     if len(labels) != count:
       raise ValueError(
-        f'{name}: expected {count} labels, as weights {weights.shape} say, '
-        f'got {len(labels)}'
+        f'{name}: expected {count} labels for weights of shape '
+        f'{weights.shape}, got {len(labels)}'
       )
   return weights, visible(queries), visible(keys)
 
 
 def visible(tokens) -> list[str]:
-  """Tokens as labels: white space is shown."""
+  """Convert tokens to labels in which whitespace is visible."""
   return [
     ''.join(_VISIBLE.get(s, s) for s in str(token)) or _VISIBLE['']
     for token in tokens
   ]
 
 
-def _natural(path):
-  """Sorts block_10 behind block_2."""
+def _natural_key(path):
+  """A sort key that places block_10 after block_2."""
   return [
     (1, int(part), '') if part.isdigit() else (0, 0, part)
     for part in re.split(r'(\d+)', path)

@@ -1,4 +1,4 @@
-"""Pictures of how a run went."""
+"""Plots of training runs."""
 
 import pathlib
 
@@ -9,12 +9,13 @@ from matplotlib.figure import Figure
 def loss_curve(
   lines: list[dict], path: pathlib.Path, unit: str = 'nats per token'
 ) -> None:
-  """Draws the losses of a run against its steps.
+  """Plot the training and validation losses of a run by step.
 
   Args:
-    lines: of metrics.jsonl: dicts with 'step' and 'train/loss', 'eval/loss'.
-    path: of the PNG to write.
-    unit: of the losses.
+    lines: lines of metrics.jsonl, as dicts with 'step' and 'train/loss' or
+      'eval/loss'.
+    path: the output PNG file.
+    unit: the unit of the losses.
   """
   figure = Figure(figsize=(7, 4.2), layout='constrained')
   axes = figure.subplots()
@@ -44,23 +45,23 @@ def loss_curve(
 
 
 def confusion_matrix(counts, labels, path: pathlib.Path | None = None):
-  """How often each class was taken for each.
+  """Plot a confusion matrix.
 
   Args:
-    counts: [true, predicted] ints.
-    labels: a name a class.
-    path: of the PNG to write, if any.
+    counts: integers [true, predicted].
+    labels: a name per class.
+    path: the output PNG file, if any.
 
   Returns:
     The matplotlib `Figure`.
 
   Raises:
-    ValueError: labels that don't fit the counts.
+    ValueError: If the labels do not match the counts.
   """
   counts = np.asarray(counts)
   if counts.shape != (len(labels), len(labels)):
     raise ValueError(
-      f'counts: expected shape {(len(labels), len(labels))}, as there are '
+      f'counts: expected shape {(len(labels), len(labels))} for '
       f'{len(labels)} labels, got {counts.shape}'
     )
   side = min(14, 2.2 + 0.42 * len(labels))

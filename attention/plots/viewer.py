@@ -1,4 +1,4 @@
-"""A page to explore patterns with: one HTML file that needs no network."""
+"""An interactive viewer of patterns: one HTML file that works offline."""
 
 import base64
 import importlib.resources
@@ -12,20 +12,22 @@ from attention.plots.patterns import rows
 def viewer(
   patterns, queries, keys=None, *, head_numbers=None, title='Attention'
 ) -> str:
-  """A page: hover over a token, see what it attends to; choose layer and head.
+  """Create an HTML page that shows what each token attends to on hover.
+
+  The page has menus for the layer and the head.
 
   Args:
-    patterns: by module path, as `attention.capture` returns them.
-    queries: a label a query.
-    keys: a label a key; `queries` by default.
-    head_numbers: what to call the heads; 0, 1, … by default.
-    title: of the page.
+    patterns: arrays by module path, as returned by `attention.capture`.
+    queries: a label per query.
+    keys: a label per key; `queries` by default.
+    head_numbers: names of the heads; 0, 1, … by default.
+    title: the title of the page.
 
   Returns:
-    The HTML. Weights in it are exact to 1/65535.
+    The HTML text. Weights are stored in steps of 1/65535.
 
   Raises:
-    ValueError: patterns whose shape doesn't fit the labels.
+    ValueError: If the shape of a pattern does not match the labels.
   """
   keys = queries if keys is None else keys
   layers = []
@@ -33,14 +35,14 @@ def viewer(
     if weights.shape[1:] != (len(queries), len(keys)):
       raise ValueError(
         f'{name}: expected a pattern of {len(queries)} queries and {len(keys)} '
-        f'keys, as there are labels, got {weights.shape[1:]}'
+        f'keys to match the labels, got {weights.shape[1:]}'
       )
-    whole = np.rint(np.clip(weights, 0, 1) * 65535).astype('<u2')
+    quantised = np.rint(np.clip(weights, 0, 1) * 65535).astype('<u2')
     layers.append(
       {
         'name': name,
         'heads': list(head_numbers or range(len(weights))),
-        'weights': base64.b64encode(whole.tobytes()).decode(),
+        'weights': base64.b64encode(quantised.tobytes()).decode(),
       }
     )
   data = {
@@ -50,7 +52,7 @@ def viewer(
     'isSelf': list(queries) == list(keys),
     'layers': layers,
   }
-  # No text can end the script that it stands in.
+  # Escape '<', so that no token can close the script element.
   text = json.dumps(data).replace('<', '\\u003c')
   page = importlib.resources.files('attention.plots') / 'viewer.html'
   return page.read_text(encoding='utf-8').replace('"DATA"', text, 1)
