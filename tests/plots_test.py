@@ -162,6 +162,4 @@ def test_hovering_in_a_browser_shows_the_weights(tmp_path, side, keys):
   )
   assert weights[2] == f'{num_keys}x5'
   assert '</script> (2) attends to' in shown
-  assert re.search(r'\d then Hover over a token', shown), (
-    'the status is outdated'
-  )
+  assert re.search(r'\d then Hover over a token', shown), 'stale status'

@@ -1,1 +1,1 @@
-"""Data sets: numpy and grain, indexed by (seed, step)."""
+"""Data sets in NumPy and Grain, indexed by (seed, step)."""

@@ -1,4 +1,4 @@
-"""Sequences with a class: digits as patches, texts in folders or a table."""
+"""Classification data: digits as patches, and texts in folders or a table."""
 
 import collections
 import csv
@@ -15,21 +15,21 @@ import numpy as np
 
 from attention.data.language import read_text
 
-# Ids of what is no word, in `Words` and in bytes alike.
+# Special ids, shared by `Words` and `Bytes`.
 PADDING, UNKNOWN = 0, 1
-_HELD_OUT = 5  # one of so many examples is held out, at random
+_HELD_OUT = 5  # one in five examples is held out, at random
 
 
 @dataclasses.dataclass(frozen=True)
 class Words:
-  """The most frequent words and signs of a text; lower case."""
+  """The most frequent words and punctuation marks of a text, in lower case."""
 
   words: tuple[str, ...]
 
   @classmethod
   def of(cls, texts, size: int) -> 'Words':
     counts = collections.Counter(w for text in texts for w in cls.split(text))
-    # Ties in the order of the alphabet: the same on every machine.
+    # Ties are broken alphabetically, so that the order is deterministic.
     ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     return cls(tuple(word for word, _ in ranked[: size - 2]))
 
@@ -46,7 +46,7 @@ class Words:
     return {word: i + 2 for i, word in enumerate(self.words)}
 
   def encode(self, text: str) -> np.ndarray:
-    """Token ids [t] int32; a word it doesn't have is UNKNOWN."""
+    """Encode a text as ids [t] int32; out-of-vocabulary words are UNKNOWN."""
     ids = [self._ids.get(word, UNKNOWN) for word in self.split(text)]
     return np.array(ids, np.int32)
 
@@ -57,7 +57,7 @@ class Words:
 
 @dataclasses.dataclass(frozen=True)
 class Bytes:
-  """UTF-8 bytes, behind padding and unknown: any text."""
+  """UTF-8 bytes, offset by the special ids; any text can be encoded."""
 
   size = 258
 
@@ -70,7 +70,7 @@ class Bytes:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-  """Examples: to train on, or held out."""
+  """The training or held-out part of a data set."""
 
   inputs: np.ndarray  # [n, t] int32 tokens or [n, t, c] float32 vectors
   lengths: np.ndarray  # [n] int32
@@ -88,12 +88,12 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-  """Sequences of some classes, in batches."""
+  """Sequences with class labels, in batches."""
 
-  name: str  # where they came from
+  name: str  # source of the data
   sha256: str
-  labels: tuple[str, ...]  # of the classes
-  vocabulary: Words | Bytes | None  # None: vectors
+  labels: tuple[str, ...]  # class names
+  vocabulary: Words | Bytes | None  # None for vectors
   train: Part
   held_out: Part
   batch_size: int
@@ -114,11 +114,11 @@ class Examples:
     return examples.batch(self.batch_size)
 
   def batch(self, step: int) -> dict[str, np.ndarray]:
-    """Training batch `step`, a function of (seed, step) alone."""
+    """Return training batch `step`, which depends only on (seed, step)."""
     return self._batches[step]
 
   def held_out_batches(self, batch_size: int):
-    """All held-out examples in order, the last batch padded; 'is_real' [b]."""
+    """Yield held-out examples in order; 'is_real' [b] is False at padding."""
     count = len(self.held_out)
     for start in range(0, count, batch_size):
       rows = np.arange(start, start + batch_size)
@@ -126,14 +126,16 @@ class Examples:
 
 
 def load(kind: str, **data) -> Examples:
-  """The examples that `config.data` asks for.
+  """Load the data set described by `config.data`.
 
   Args:
     kind: 'digits' or 'text'.
-    **data: of `load_digits` or `load_text`.
+    **data: arguments of `load_digits` or `load_text`.
 
   Raises:
-    ValueError, OSError: as those; an unknown kind.
+    ValueError: If the kind is unknown or the batch size is below 1; see also
+      `load_digits` and `load_text`.
+    OSError: If a file cannot be read.
   """
   if kind not in _KINDS:
     raise ValueError(
@@ -155,18 +157,22 @@ def load_digits(
   batch_size: int,
   seed: int = 0,
 ) -> Examples:
-  """scikit-learn's digits: 8 × 8 pixels in patches, one a position.
+  """Load scikit-learn's digits, 8 × 8 pixel images with a patch per position.
 
   Args:
-    path: '', as they come with scikit-learn.
-    patch_size: pixels along each side of a patch.
-    stride: pixels from one patch to the next; less than patch_size: overlap.
-    is_shifted: whether training images are moved by up to a pixel each way.
-    batch_size: images in a batch.
-    seed: of the fifth held out, the order and the shifts.
+    path: must be '', since the images come with scikit-learn.
+    patch_size: side of a patch in pixels.
+    stride: pixels from one patch to the next; patches overlap if it is less
+      than `patch_size`.
+    is_shifted: whether to shift training images at random by up to one pixel in
+      each direction.
+    batch_size: images per batch.
+    seed: of the held-out split (a fifth of the images), the order and the
+      shifts.
 
   Raises:
-    ValueError: a path, patches that don't fit, or scikit-learn isn't there.
+    ValueError: If a path is given, `patch_size` or `stride` is out of range, or
+      scikit-learn is not installed.
   """
   if path:
     raise ValueError(f"data.path: expected '' with kind='digits', got {path!r}")
@@ -177,7 +183,7 @@ def load_digits(
     from sklearn import datasets
   except ImportError:
     raise ValueError(
-      "data.kind: 'digits' needs scikit-learn; pip install -e '.[data]'"
+      "data.kind: 'digits' requires scikit-learn; pip install -e '.[data]'"
     ) from None
   digits = datasets.load_digits()
   images = np.pad(
@@ -187,22 +193,24 @@ def load_digits(
   order = np.random.default_rng(seed).permutation(len(images))
   count = len(images) // _HELD_OUT
 
-  def cut(images, top, left):
-    """Patches [..., t, patch_size²] of a padded image, moved."""
-    seen = images[..., top : top + 8, left : left + 8]
+  def extract_patches(images, top, left):
+    """Patches [..., t, patch_size²] of a padded image, shifted."""
+    shifted = images[..., top : top + 8, left : left + 8]
     windows = np.lib.stride_tricks.sliding_window_view(
-      seen, (patch_size, patch_size), (-2, -1)
+      shifted, (patch_size, patch_size), (-2, -1)
     )[..., ::stride, ::stride, :, :]
     *batch, rows, columns, _, _ = windows.shape
     return windows.reshape(*batch, rows * columns, patch_size**2)
 
   def part(index, inputs):
-    lengths = np.full(len(index), cut(images[0], 1, 1).shape[0], np.int32)
+    lengths = np.full(
+      len(index), extract_patches(images[0], 1, 1).shape[0], np.int32
+    )
     return Part(inputs, lengths, targets[index])
 
   def augment(example, generator):
     top, left = generator.integers(0, 3, 2) if is_shifted else (1, 1)
-    return {**example, 'inputs': cut(example['inputs'], top, left)}
+    return {**example, 'inputs': extract_patches(example['inputs'], top, left)}
 
   train, held_out = order[count:], order[:count]
   return Examples(
@@ -211,7 +219,7 @@ def load_digits(
     labels=tuple(map(str, digits.target_names)),
     vocabulary=None,
     train=part(train, images[train]),
-    held_out=part(held_out, cut(images[held_out], 1, 1)),
+    held_out=part(held_out, extract_patches(images[held_out], 1, 1)),
     augment=augment,
     batch_size=batch_size,
     seed=seed,
@@ -229,24 +237,26 @@ def load_text(
   batch_size: int,
   seed: int = 0,
 ) -> Examples:
-  """Texts with a class.
+  """Load texts with class labels.
 
   Args:
-    path: a folder with a folder of UTF-8 files for each class, or with two such
-      folders, `train` and `test`; or a CSV file with a header; or '': passages
-      of the Python standard library's packages, whose names are the classes.
-    level: 'words' or 'bytes': what a token is.
-    vocab_size: the most words to know.
-    text_column: of the CSV file.
-    label_column: of the CSV file.
-    context_size: tokens of a text that are read; what is behind is cut off.
-    batch_size: texts in a batch.
-    seed: of the fifth held out, where the data has no `test`, and of the order.
+    path: a folder with one subfolder of UTF-8 files per class, a folder with
+      two such folders `train` and `test`, or a CSV file with a header. With '',
+      the texts are passages of packages of the Python standard library, and the
+      package names are the classes.
+    level: the type of tokens, 'words' or 'bytes'.
+    vocab_size: maximum vocabulary size of 'words'.
+    text_column: text column of the CSV file.
+    label_column: label column of the CSV file.
+    context_size: maximum number of tokens per text; longer texts are truncated.
+    batch_size: texts per batch.
+    seed: of the order, and of the held-out split (a fifth of the texts) if the
+      data has no `test`.
 
   Raises:
-    ValueError: an unknown level, a column that isn't there, one class only, a
-      class of `test` that `train` has not, files that aren't UTF-8.
-    OSError: files that can't be read.
+    ValueError: If the level is unknown, a column is missing, there is only one
+      class, `test` has a class that `train` lacks, or a file is not UTF-8.
+    OSError: If a file cannot be read.
   """
   if level not in ('words', 'bytes'):
     raise ValueError(f"data.level: expected 'words' or 'bytes', got {level!r}")
@@ -267,10 +277,12 @@ def load_text(
   labels = sorted({label for _, label in train})
   name = path or "the Python standard library's packages"
   if len(labels) < 2:
-    raise ValueError(f'{name}: expected two classes or more, got {labels}')
-  strange = sorted({label for _, label in held_out} - set(labels))
-  if strange:
-    raise ValueError(f'{name}: class {strange[0]!r} is held out only, in test')
+    raise ValueError(f'{name}: expected two or more classes, got {labels}')
+  unknown = sorted({label for _, label in held_out} - set(labels))
+  if unknown:
+    raise ValueError(
+      f'{name}: class {unknown[0]!r} is in test but not in train'
+    )
   vocabulary = (
     Bytes()
     if level == 'bytes'
@@ -305,7 +317,7 @@ _KINDS = {'digits': load_digits, 'text': load_text}
 
 
 def _read(path, text_column, label_column):
-  """(text, class) to train on, and those held out, None if not told apart."""
+  """Read (text, class) pairs: training and held-out, None without a split."""
   if not path:
     return _standard_library_packages(), None
   root = pathlib.Path(path)
@@ -325,7 +337,7 @@ def _read_folders(root):
   if len({label for _, label in files}) < 2:
     found = sorted({label for _, label in files})
     raise ValueError(
-      f'{root}: expected a folder of files for each of two classes or more, '
+      f'{root}: expected a folder of files for each of two or more classes, '
       f'got {found}'
     )
   return [(read_text(str(file)), label) for file, label in files]
@@ -339,10 +351,11 @@ def _read_table(path, text_column, label_column):
     ('text_column', text_column),
     ('label_column', label_column),
   ):
-    there = list(rows[0]) if rows else []
-    if column not in there:
+    columns = list(rows[0]) if rows else []
+    if column not in columns:
       raise ValueError(
-        f'data.{key}: {path} has no column {column!r}; it has {there}'
+        f'data.{key}: expected one of {columns}, the columns of {path}, got '
+        f'{column!r}'
       )
   for number, row in enumerate(rows):
     if row[text_column] is None or row[label_column] is None:
@@ -362,11 +375,11 @@ _PACKAGES = (
   'unittest',
   'xml',
 )
-_PASSAGE = 20  # lines
+_PASSAGE_LINES = 20
 
 
 def _standard_library_packages():
-  """Passages of the running Python's packages: a text every machine has."""
+  """Passages of standard library packages, available on every machine."""
   folder = pathlib.Path(sysconfig.get_path('stdlib'))
   examples = []
   for name in _PACKAGES:
@@ -375,15 +388,15 @@ def _standard_library_packages():
         continue
       source = path.read_bytes()
       lines = source.decode().splitlines() if source.isascii() else []
-      for start in range(0, len(lines), _PASSAGE):
-        passage = '\n'.join(lines[start : start + _PASSAGE])
-        # A package that names itself would give itself away.
+      for start in range(0, len(lines), _PASSAGE_LINES):
+        passage = '\n'.join(lines[start : start + _PASSAGE_LINES])
+        # The package's own name would reveal the class.
         passage = re.sub(rf'(?i){name}', '…', passage)
         if len(passage) > 200:
           examples.append((passage, name))
   if not examples:
     raise ValueError(
-      f'{folder}: this Python comes without its source; pass '
+      f'{folder}: this Python installation has no source files; pass '
       '--config.data.path=FOLDER'
     )
   return examples

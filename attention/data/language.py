@@ -1,4 +1,4 @@
-"""A text in tokens, and windows of it in batches."""
+"""Language modelling data: a tokenised text and batches of its windows."""
 
 import dataclasses
 import functools
@@ -17,14 +17,14 @@ _STANDARD_LIBRARY = "the Python standard library's own source"
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-  """A text in tokens: the first 90% to train on, the rest to validate on."""
+  """A tokenised text: the first 90% for training, the rest for validation."""
 
-  name: str  # where it came from
+  name: str  # source of the text
   sha256: str
   vocabulary: Characters | Bytes | Subwords
   tokens: np.ndarray  # [n] int32
-  context_size: int  # tokens in a window
-  batch_size: int  # windows in a batch
+  context_size: int  # tokens per window
+  batch_size: int  # windows per batch
   seed: int
 
   @classmethod
@@ -39,24 +39,24 @@ class Text:
     seed: int = 0,
     record: dict | None = None,
   ) -> 'Text':
-    """Reads a text.
+    """Load and tokenise a text.
 
     Args:
       path: a UTF-8 file; '' for the Python standard library's own source.
-      level: what a token is: one of 'characters' and 'bytes'; 'bpe', pieces
-        learnt from the first 90% of the text; or the path of a tokenizer.json.
-      vocab_size: of 'bpe', at most.
-      context_size: tokens in a window.
-      batch_size: windows in a batch.
+      level: the type of tokens: 'characters', 'bytes', 'bpe' (subwords learnt
+        from the first 90% of the text), or the path of a tokenizer.json.
+      vocab_size: maximum vocabulary size of 'bpe'.
+      context_size: tokens per window.
+      batch_size: windows per batch.
       seed: of the order of the windows.
-      record: what was recorded of a text at that level. If it is this one, its
-        vocabulary is taken, not learnt or read again.
+      record: the recorded 'sha256' and 'vocabulary' of a text at this level. If
+        the hash matches, the recorded vocabulary is reused.
 
     Raises:
-      ValueError: an unknown level; an empty file, one that isn't UTF-8, or
-        one too short for a window; a vocabulary that is too small, or a
-        tokenizer that doesn't keep the text; no `tokenizers`.
-      OSError: a file that can't be read.
+      ValueError: If the level is unknown; the file is empty, not UTF-8 or too
+        short for one window; `vocab_size` is too small; the tokenizer is lossy;
+        or `tokenizers` is not installed.
+      OSError: If a file cannot be read.
     """
     text = read_text(path) if path else standard_library()
     sha256 = hashlib.sha256(text.encode()).hexdigest()
@@ -101,7 +101,7 @@ class Text:
 
   @functools.cached_property
   def validation_bytes(self) -> int:
-    """UTF-8 bytes of all validation targets, but for a symbol cut in two."""
+    """UTF-8 bytes of all validation targets, except for split symbols."""
     return len(self.vocabulary.decode(self.validation[1:]).encode())
 
   @functools.cached_property
@@ -116,21 +116,21 @@ class Text:
     )
 
   def batch(self, step: int) -> dict[str, np.ndarray]:
-    """Training batch `step`, a function of (seed, step) alone.
+    """Return training batch `step`, which depends only on (seed, step).
 
     Returns:
-      'tokens' and 'targets' [batch_size, context_size] int32: a window from
-      anywhere in the text, and the same one token on.
+      'tokens' and 'targets' [batch_size, context_size] int32: random windows of
+      the text, and the same windows shifted by one token.
     """
     windows = self._batches[step]
     return {'tokens': windows[:, :-1], 'targets': windows[:, 1:]}
 
   def validation_batches(self, batch_size: int):
-    """The whole validation part, in order, each token a target once.
+    """Iterate over the validation part in order, with each target once.
 
     Yields:
-      'tokens', 'targets' [batch_size, context_size] int32 and 'mask', False
-      at the padding behind the last token.
+      'tokens' and 'targets' [batch_size, context_size] int32, and 'mask', which
+      is False at the padding after the last token.
     """
     tokens = self.validation
     shape = (-1, batch_size, self.context_size)
@@ -147,7 +147,7 @@ class Text:
 
 
 def recorded(level: str, vocabulary: str | None):
-  """A vocabulary of that level from the record of a run."""
+  """Restore a vocabulary of the given level from the record of a run."""
   if level == 'bytes':
     return Bytes()
   return (Characters if level == 'characters' else Subwords)(vocabulary)
@@ -168,11 +168,12 @@ def _vocabulary(level, text, vocab_size):
 
 
 def read_text(path: str) -> str:
-  """A UTF-8 file's text.
+  """Read a UTF-8 text file.
 
   Raises:
-    ValueError: empty, or not UTF-8 (says the byte offset).
-    OSError: it can't be read.
+    ValueError: If the file is empty or not UTF-8 (the message has the byte
+      offset).
+    OSError: If the file cannot be read.
   """
   content = pathlib.Path(path).read_bytes()
   if not content:
@@ -182,22 +183,22 @@ def read_text(path: str) -> str:
   except UnicodeDecodeError as error:
     raise ValueError(
       f'{path}: not UTF-8 at byte {error.start} '
-      f'(0x{content[error.start]:02x}); convert it, or point at another file'
+      f'(0x{content[error.start]:02x}); convert the file to UTF-8'
     ) from None
 
 
 def standard_library() -> str:
-  """The top-level modules of the running Python, those in plain ASCII.
+  """Concatenate the top-level ASCII modules of the running Python.
 
-  A text that every machine has. It differs by Python version: something to
-  see a model learn, not a benchmark.
+  This text is available on every machine but depends on the Python version. Use
+  it for demonstrations, not for benchmarks.
   """
   folder = pathlib.Path(sysconfig.get_path('stdlib'))
   sources = [p.read_bytes() for p in sorted(folder.glob('*.py'))]
   text = '\n'.join(s.decode() for s in sources if s.isascii())
   if not text:
     raise ValueError(
-      f'{folder}: this Python comes without its source; pass '
+      f'{folder}: this Python installation has no source files; pass '
       '--config.data.path=FILE'
     )
   return text

@@ -1,4 +1,4 @@
-"""Text as pieces of words: learnt from it, or those of a tokenizer.json."""
+"""Subword vocabularies, learnt from texts or read from a tokenizer.json."""
 
 import dataclasses
 import functools
@@ -8,20 +8,20 @@ import re
 import numpy as np
 
 _NUM_BYTES = 256
-# No word of GPT-2's pattern extends over such a place: what is on either side
-# has the same tokens apart as together.
+# Words of GPT-2's pattern never span such a boundary, so the parts on either
+# side can be encoded separately with the same result.
 _BOUNDARY = re.compile(r'(?<=[\w!-~])(?=[ \n])')
 
 
 @dataclasses.dataclass(frozen=True)
 class Subwords:
-  """The tokens of a tokenizer in the format of Hugging Face's tokenizers."""
+  """A vocabulary in the format of Hugging Face tokenizers."""
 
-  json: str  # content of a tokenizer.json
+  json: str  # content of tokenizer.json
 
   @property
   def record(self) -> str:
-    """What it can be made from again."""
+    """The state from which the vocabulary can be restored."""
     return self.json
 
   @classmethod
@@ -33,25 +33,29 @@ class Subwords:
     num_special: int = 0,
     add_prefix_space: bool = False,
   ) -> 'Subwords':
-    """Byte-pair encoding (Sennrich et al. 2016) of UTF-8 bytes.
+    """Learn a byte-pair encoding (Sennrich et al. 2016) of UTF-8 bytes.
 
-    Words are cut as GPT-2's are (Radford et al. 2019). Every text can be
-    encoded, and decodes to itself; with `add_prefix_space`, behind a space.
+    Texts are split into words as in GPT-2 (Radford et al. 2019). Any text can
+    be encoded and is decoded unchanged, except that `add_prefix_space` adds a
+    leading space.
 
     Args:
-      texts: to learn from.
-      size: of the vocabulary, at most.
-      num_special: tokens that the caller adds, of which `size` is to hold too.
-      add_prefix_space: whether a first word is encoded as one inside a text.
+      texts: training texts.
+      size: maximum vocabulary size.
+      num_special: number of special tokens that the caller adds; they count
+        towards `size`.
+      add_prefix_space: whether to encode the first word of a text like a word
+        within it.
 
     Raises:
-      ValueError: a size below that of the bytes alone; no `tokenizers`.
+      ValueError: If `size` cannot hold all bytes and special tokens, or
+        `tokenizers` is not installed.
     """
     least = _NUM_BYTES + num_special
     if size < least:
       special = f' and {num_special} special tokens' if num_special else ''
       raise ValueError(
-        f'data.vocab_size: expected {least} or more, got {size}: there are '
+        f'data.vocab_size: expected {least} or more, got {size}; it must hold '
         f'{_NUM_BYTES} bytes{special}'
       )
     tokenizers = _library()
@@ -80,12 +84,12 @@ class Subwords:
 
   @functools.cached_property
   def size(self) -> int:
-    """How many ids there are, from 0 to the largest."""
+    """The number of ids from 0 to the largest."""
     return max(self._tokenizer.get_vocab().values(), default=-1) + 1
 
   @functools.cached_property
   def _is_separable(self):
-    """Whether what `_BOUNDARY` separates may be encoded apart."""
+    """Whether parts split at `_BOUNDARY` can be encoded separately."""
     record = json.loads(self._tokenizer.to_str())
     words = record['pre_tokenizer'] or {}
     return (
@@ -103,15 +107,16 @@ class Subwords:
     )
 
   def encode(self, text: str) -> np.ndarray:
-    """Token ids [t] int32, without what a tokenizer adds at the ends.
+    """Encode a text as ids [t] int32, without special tokens at the ends.
 
     Raises:
-      ValueError: not a tokenizer, or one that loses some of the text.
+      ValueError: If `json` is not a valid tokenizer or the tokenizer is lossy
+        for this text.
     """
-    text.encode()  # raises where a half of a surrogate pair stands alone
+    text.encode()  # raises on lone surrogates
     parts = [text]
     if self._is_separable:
-      # Most of a long text are parts that it has many times.
+      # Most parts of a long text repeat, so encode each only once.
       parts = _BOUNDARY.split(text)
     unique = list(dict.fromkeys(parts))
     known = dict(zip(unique, self.encode_batch(unique), strict=True))
@@ -122,28 +127,28 @@ class Subwords:
         (i for i, (a, b) in pairs if a != b), min(len(text), len(again))
       )
       raise ValueError(
-        f'the tokenizer does not keep the text: {text[at : at + 20]!r} at '
-        f'character {at:,} comes back as {again[at : at + 20]!r}'
+        f'the tokenizer is lossy: {text[at : at + 20]!r} at character {at:,} '
+        f'decodes to {again[at : at + 20]!r}'
       )
     return tokens
 
   def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-    """Token ids of each text, whether or not they keep it."""
+    """Encode each text, without checking that its ids decode to it."""
     encoded = self._tokenizer.encode_batch(texts, add_special_tokens=False)
     return [np.array(e.ids, np.int32) for e in encoded]
 
   def decode(self, tokens) -> str:
-    """The text of tokens; U+FFFD where bytes are no symbol."""
+    """Decode tokens to a text; invalid UTF-8 becomes U+FFFD."""
     tokens = np.asarray(tokens).tolist()
     return self._tokenizer.decode(tokens, skip_special_tokens=False)
 
   def pieces(self, tokens) -> list[str]:
-    """What each token stands for, to label pictures with."""
+    """The text of each token, for labels in plots."""
     return [self.decode([token]) for token in tokens]
 
 
 def cut(text: str) -> list[str]:
-  """Parts of a text to learn from at once, none of which divides a word."""
+  """Split a text into parts for training, without splitting words."""
   return _BOUNDARY.split(text)
 
 
@@ -152,6 +157,6 @@ def _library():
     import tokenizers
   except ImportError:
     raise ValueError(
-      "subwords need tokenizers: pip install -e '.[data]'"
+      "subwords require tokenizers: pip install -e '.[data]'"
     ) from None
   return tokenizers

@@ -1,25 +1,25 @@
-"""Dialled numbers as the tones of a telephone's keys, and as digits."""
+"""Pairs of telephone key tones and the digits dialled."""
 
 import numpy as np
 
-# Hertz of the rows and columns of the keys (ITU-T Q.23).
+# Frequencies of the keypad rows and columns in Hz (ITU-T Q.23).
 _ROWS, _COLUMNS = (697, 770, 852, 941), (1209, 1336, 1477)
 _KEYS = '123456789*0#'
-_RATE = 8_000  # samples a second
+_RATE = 8_000  # samples per second
 _FRAME, _HOP = 256, 200  # samples: 32 ms, every 25 ms
-FRAME_SIZE = 50  # channels of a frame: 563 to 2,125 Hz
+FRAME_SIZE = 50  # channels per frame, 563 to 2,125 Hz
 
 
 def pairs(part: str, count: int, seed: int = 0) -> tuple[list, list[str]]:
-  """Numbers of 3 to 8 digits, dialled at uneven speed over a noisy line.
+  """Generate numbers of 3 to 8 digits, dialled at random speed with noise.
 
   Args:
-    part: 'train' or 'validation': other random numbers.
-    count: how many pairs.
-    seed: of all chance.
+    part: 'train' or 'validation', which use different random numbers.
+    count: number of pairs.
+    seed: of the random number generator.
 
   Returns:
-    Spectra, [frames, 50] float32 each, and digits, 'dddd'.
+    A list of spectra [frames, 50] float32, and a list of digit strings.
   """
   rng = np.random.default_rng([seed, part == 'train'])
   spectra, digits = [], []
@@ -53,7 +53,7 @@ def _silence(rng):
 
 
 def _spectrum(wave):
-  """Logarithms of the frames' magnitudes in the keys' band, [frames, 50]."""
+  """Log magnitudes of each frame in the band of the keys, [frames, 50]."""
   frames = np.lib.stride_tricks.sliding_window_view(wave, _FRAME)[::_HOP]
   magnitudes = np.abs(np.fft.rfft(frames * np.hanning(_FRAME)))
   first = 18

@@ -1,4 +1,4 @@
-"""Pairs of sentences, in batches of like length."""
+"""Translation data: sentence pairs in batches of similar length."""
 
 import dataclasses
 import functools
@@ -19,35 +19,36 @@ from attention.data.vocabularies import (
   Framed,
 )
 
-ROWS = 8  # rows of a batch are a multiple, so that devices can share them
+ROWS = 8  # batch rows are a multiple of this, so they divide over devices
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Buckets:
-  """Encoded pairs, sorted into few shapes.
+  """Encoded pairs, grouped so that batches have few distinct shapes.
 
-  Pairs of like length make a bucket, padded to its longest source and target.
+  A bucket holds pairs of similar length, padded to its longest source and
+  target.
   """
 
-  sources: list  # [k] int32 with the end, or vectors [k, c] float32
-  targets: list  # [t] int32, without start and end
-  members: tuple  # of each bucket: numbers of its pairs
-  shapes: tuple  # of each bucket: longest source, longest target with end
-  rows: tuple  # of each bucket: pairs in a batch
+  sources: list  # [k] int32 including the end, or vectors [k, c] float32
+  targets: list  # [t] int32 without start and end
+  members: tuple  # indices of the pairs in each bucket
+  shapes: tuple  # (source, target with end) length of each bucket
+  rows: tuple  # pairs per batch of each bucket
   seed: int
 
   @classmethod
   def of(
     cls, sources, targets, *, batch_tokens: int, num_buckets: int, seed: int = 0
   ) -> 'Buckets':
-    """Sorts pairs into buckets that need the least padding.
+    """Group pairs into the buckets that need the least padding.
 
     Args:
-      sources: see above.
-      targets: see above.
-      batch_tokens: positions in a batch, of source and target together, with
-        padding; a batch has at least 8 pairs.
-      num_buckets: how many shapes, at most.
+      sources: encoded sources, as the field.
+      targets: encoded targets, as the field.
+      batch_tokens: positions per batch, of source and target together and
+        including padding. A batch has at least 8 pairs.
+      num_buckets: maximum number of buckets.
       seed: of the order.
     """
     lengths = np.array(
@@ -70,37 +71,37 @@ class Buckets:
 
   @property
   def num_batches(self) -> int:
-    """Batches in an epoch."""
+    """The number of batches per epoch."""
     return sum(
       -(-len(m) // r) for m, r in zip(self.members, self.rows, strict=True)
     )
 
   @functools.cached_property
   def tokens_per_batch(self) -> float:
-    """Tokens of the target in a batch, on average, without padding."""
+    """The mean number of target tokens per batch, without padding."""
     return sum(len(t) + 1 for t in self.targets) / self.num_batches
 
   @functools.lru_cache(maxsize=2)  # noqa: B019
   def _epoch(self, epoch: int) -> list:
-    """The epoch's batches, (bucket, numbers of pairs), in their order."""
+    """The batches of an epoch in order, as (bucket, pair indices)."""
     rng = np.random.default_rng([self.seed, epoch])
     batches = []
     for bucket, (numbers, rows) in enumerate(
       zip(self.members, self.rows, strict=True)
     ):
-      # What a last batch lacks is repeated from the bucket's first.
+      # Fill the last batch of a bucket with pairs from its first.
       full = -(-len(numbers) // rows) * rows
       order = np.resize(rng.permutation(numbers), full)
       batches += [(bucket, part) for part in order.reshape(-1, rows)]
     return [batches[i] for i in rng.permutation(len(batches))]
 
   def batch(self, step: int) -> dict[str, np.ndarray]:
-    """Training batch `step`, a function of (seed, step) alone."""
+    """Return training batch `step`, which depends only on (seed, step)."""
     epoch, n = divmod(step, self.num_batches)
     return self._assemble(*self._epoch(epoch)[n])
 
   def all(self):
-    """Every pair once: (numbers of the pairs, batch padded with empty rows)."""
+    """Yield every pair once: (pair indices, batch padded with empty rows)."""
     for bucket, (numbers, rows) in enumerate(
       zip(self.members, self.rows, strict=True)
     ):
@@ -109,7 +110,7 @@ class Buckets:
         yield part, self._assemble(bucket, part)
 
   def _assemble(self, bucket, numbers):
-    """A batch of those pairs.
+    """Assemble a batch of pairs.
 
     Returns:
       'source' [rows, k] int32 or [rows, k, c] float32; 'lengths' [rows] int32
@@ -137,10 +138,10 @@ class Buckets:
 
 
 def _limits(lengths, count: int) -> list[int]:
-  """At most `count` limits with the least sum of each length's next limit."""
+  """The at most `count` limits that minimise the total padded length."""
   values, numbers = np.unique(lengths, return_counts=True)
   values, below = values.tolist(), [0, *np.cumsum(numbers).tolist()]
-  # costs[j]: of the j shortest values, and the limits that give it.
+  # costs[j]: the least cost of the j shortest values, and its limits.
   costs = [(0, [])] + [(np.inf, [])] * len(values)
   for _ in range(count):
     costs = [
@@ -158,7 +159,7 @@ def _limits(lengths, count: int) -> list[int]:
 def pad(
   sequences: list[np.ndarray], length: int
 ) -> tuple[np.ndarray, np.ndarray]:
-  """[n, length, …] in int32 or float32, padded behind, and the lengths [n]."""
+  """Right-pad to [n, length, …] int32 or float32; also return lengths [n]."""
   first = sequences[0]
   is_float = np.issubdtype(first.dtype, np.floating)
   padded = np.full(
@@ -173,15 +174,15 @@ def pad(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Translations:
-  """A corpus to train on, and parts that are held out."""
+  """A training corpus with held-out parts."""
 
-  name: str  # where it came from
+  name: str  # source of the corpus
   sha256: str
   vocabulary: Framed
-  pairs: dict  # part ('train', 'validation', …): (sources, targets), as read
+  pairs: dict  # {part: (sources, targets)} before encoding
   train: Buckets
-  max_length: int  # tokens of a source or target in it
-  num_left_out: int  # pairs that are longer
+  max_length: int  # maximum tokens of a training source or target
+  num_left_out: int  # longer pairs, excluded from training
 
   @classmethod
   def load(
@@ -200,26 +201,29 @@ class Translations:
     num_buckets: int = 6,
     seed: int = 0,
   ) -> 'Translations':
-    """Reads two aligned files, or makes up an embedded corpus.
+    """Read two aligned files, or generate an embedded corpus.
 
     Args:
-      path: UTF-8 text, a sentence a line, plain or gzip; '' for the embedded.
-      target_path: its translation, line by line.
-      validation_path: as path, held out.
-      validation_target_path: its translation.
-      embedded: 'dates' or 'tones', where path is ''.
-      num_pairs: to train on, of the embedded corpus.
-      level: 'bytes' or 'bpe': what a token is.
-      vocab_size: of the BPE, which source and target share.
-      max_length: longer pairs, in tokens, are left out of training.
+      path: UTF-8 source text with a sentence per line, plain or gzip; '' for
+        the embedded corpus.
+      target_path: the translation of `path`, line by line.
+      validation_path: held-out source text, in the format of `path`.
+      validation_target_path: the translation of `validation_path`.
+      embedded: 'dates' or 'tones'; used if `path` is ''.
+      num_pairs: number of training pairs of the embedded corpus.
+      level: the type of tokens, 'bytes' or 'bpe'.
+      vocab_size: maximum size of the BPE vocabulary, which source and target
+        share.
+      max_length: maximum number of tokens; longer pairs are excluded from
+        training.
       batch_tokens: see `Buckets.of`.
       num_buckets: see `Buckets.of`.
-      seed: of the batches' order.
+      seed: of the generated corpus and of the order of the batches.
 
     Raises:
-      ValueError: an unknown level or corpus; files of different line counts,
-        without lines or not UTF-8.
-      OSError: a file that can't be read.
+      ValueError: If the level or corpus is unknown, or files have different
+        numbers of lines, no lines, or are not UTF-8.
+      OSError: If a file cannot be read.
     """
     _check(level=level, embedded=embedded, path=path)
     if path:
@@ -230,7 +234,7 @@ class Translations:
       parts, name = _EMBEDDED[embedded](num_pairs, seed), embedded
     sources, targets = parts['train']
     texts = [x for x in sources if isinstance(x, str)] + targets
-    vocabulary = Framed(_pieces(level, texts, vocab_size))
+    vocabulary = Framed(_vocabulary(level, texts, vocab_size))
     encoded = encode_sources(sources, vocabulary), vocabulary.encode(targets)
     kept = [
       (s, t)
@@ -239,7 +243,8 @@ class Translations:
     ]
     if not kept:
       raise ValueError(
-        f'{name}: no pair has at most data.max_length={max_length} tokens'
+        f'{name}: expected at least one pair of up to '
+        f'data.max_length={max_length} tokens, got none'
       )
     train = Buckets.of(
       *map(list, zip(*kept, strict=True)),
@@ -252,7 +257,7 @@ class Translations:
     return cls(name, sha256, vocabulary, parts, train, max_length, left_out)
 
   def record(self) -> dict:
-    """What identifies the data, and what is needed to use a model of it."""
+    """Metadata that identifies the data and is needed to use its models."""
     first = self.train.sources[0]
     return {
       'sha256': self.sha256,
@@ -263,12 +268,12 @@ class Translations:
     }
 
   def encode(self, sources: list, targets: list) -> Buckets:
-    """See `encode`."""
+    """Encode held-out pairs; see `encode`."""
     return encode(sources, targets, self.vocabulary)
 
 
 def encode(sources: list, targets: list, vocabulary) -> Buckets:
-  """Pairs that are held out, to be gone through with `Buckets.all`."""
+  """Encode held-out pairs, for iteration with `Buckets.all`."""
   return Buckets.of(
     encode_sources(sources, vocabulary),
     vocabulary.encode(targets),
@@ -278,18 +283,19 @@ def encode(sources: list, targets: list, vocabulary) -> Buckets:
 
 
 def encode_sources(sources: list, vocabulary) -> list[np.ndarray]:
-  """Texts as tokens with the end behind them; vectors stay as they are."""
+  """Encode texts with an end token appended; vectors are unchanged."""
   if sources and not isinstance(sources[0], str):
     return sources
   return [np.append(s, END) for s in vocabulary.encode(sources)]
 
 
 def read_pairs(path: str, target_path: str) -> tuple[list[str], list[str]]:
-  """The lines of two aligned files.
+  """Read the lines of two aligned files.
 
   Raises:
-    ValueError: no second file, different line counts, no lines, not UTF-8.
-    OSError: a file that can't be read.
+    ValueError: If a path is empty, or the files have different numbers of
+      lines, no lines, or are not UTF-8.
+    OSError: If a file cannot be read.
   """
   if not path or not target_path:
     raise ValueError(
@@ -300,8 +306,8 @@ def read_pairs(path: str, target_path: str) -> tuple[list[str], list[str]]:
   sources, targets = read_lines(path), read_lines(target_path)
   if len(sources) != len(targets):
     raise ValueError(
-      f'{target_path}: expected as many lines as {path} has, {len(sources)}, '
-      f'got {len(targets)}'
+      f'{target_path}: expected {len(sources)} lines to match {path}, got '
+      f'{len(targets)}'
     )
   if not sources:
     raise ValueError(f'{path}: the file is empty')
@@ -309,11 +315,12 @@ def read_pairs(path: str, target_path: str) -> tuple[list[str], list[str]]:
 
 
 def read_lines(path: str) -> list[str]:
-  """Lines of a UTF-8 file, plain or gzip.
+  """Read the lines of a UTF-8 file, plain or gzip.
 
   Raises:
-    ValueError: not UTF-8 (says the line), or a damaged gzip file.
-    OSError: it can't be read.
+    ValueError: If the file is not UTF-8 (the message has the line number) or is
+      a damaged gzip file.
+    OSError: If the file cannot be read.
   """
   content = pathlib.Path(path).read_bytes()
   if content.startswith(b'\x1f\x8b'):
@@ -331,7 +338,7 @@ def read_lines(path: str) -> list[str]:
     except UnicodeDecodeError as error:
       raise ValueError(
         f'{path}: line {number}: not UTF-8 at byte {error.start} '
-        f'(0x{line[error.start]:02x}); convert it, or point at another file'
+        f'(0x{line[error.start]:02x}); convert the file to UTF-8'
       ) from None
   return texts
 
@@ -360,7 +367,7 @@ def _check(level, embedded, path):
     )
 
 
-def _pieces(level, texts, vocab_size):
+def _vocabulary(level, texts, vocab_size):
   if level == 'bytes':
     return Bytes()
   return Subwords.learn(

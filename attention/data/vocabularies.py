@@ -1,4 +1,4 @@
-"""Vocabularies: text as tokens, and as tokens between start and end."""
+"""Vocabularies of characters and bytes, and one with special tokens."""
 
 import dataclasses
 
@@ -12,13 +12,13 @@ NUM_SPECIAL = 3
 
 @dataclasses.dataclass(frozen=True)
 class Characters:
-  """The symbols of a text, numbered in order of their code points."""
+  """The symbols of a text, numbered by code point."""
 
   symbols: str
 
   @property
   def record(self) -> str:
-    """What it can be made from again."""
+    """The state from which the vocabulary can be restored."""
     return self.symbols
 
   @classmethod
@@ -30,20 +30,20 @@ class Characters:
     return len(self.symbols)
 
   def encode(self, text: str) -> np.ndarray:
-    """Token ids [t] int32.
+    """Encode a text as ids [t] int32.
 
     Raises:
-      ValueError: a symbol that the vocabulary doesn't have.
+      ValueError: If the text has a symbol outside the vocabulary.
     """
     known = _code_points(self.symbols)
     points = _code_points(text)
     tokens = np.minimum(np.searchsorted(known, points), len(known) - 1)
-    strange = points[known[tokens] != points]
-    if len(strange):
-      symbols = ''.join(map(chr, sorted(set(strange.tolist()))))
+    unknown = points[known[tokens] != points]
+    if len(unknown):
+      symbols = ''.join(map(chr, sorted(set(unknown.tolist()))))
       raise ValueError(
-        f'symbols {symbols!r} are not among the {self.size} that the model '
-        'has seen'
+        f'symbols {symbols!r} are not in the vocabulary of {self.size} '
+        'training symbols'
       )
     return tokens.astype(np.int32)
 
@@ -51,36 +51,36 @@ class Characters:
     return ''.join(self.pieces(tokens))
 
   def pieces(self, tokens) -> list[str]:
-    """What each token stands for, to label pictures with."""
+    """The text of each token, for labels in plots."""
     return [self.symbols[int(t)] for t in tokens]
 
 
 @dataclasses.dataclass(frozen=True)
 class Bytes:
-  """UTF-8 bytes: 256 tokens, any text."""
+  """The 256 UTF-8 bytes; any text can be encoded."""
 
   size = 256
   record = None
 
   def encode(self, text: str) -> np.ndarray:
-    """Token ids [t] int32."""
+    """Encode a text as ids [t] int32."""
     return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
 
   def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
     return [self.encode(text) for text in texts]
 
   def decode(self, tokens) -> str:
-    """The text of tokens; U+FFFD where bytes are no symbol."""
+    """Decode tokens to a text; invalid UTF-8 becomes U+FFFD."""
     return bytes(int(t) for t in tokens).decode(errors='replace')
 
   def pieces(self, tokens) -> list[str]:
-    """What each token stands for, to label pictures with: as Latin-1."""
+    """Each byte as a Latin-1 character, for labels in plots."""
     return [chr(t) for t in tokens]
 
 
 @dataclasses.dataclass(frozen=True)
 class Framed:
-  """Another vocabulary's tokens behind padding, start and end."""
+  """A vocabulary with ids for padding, start and end added in front."""
 
   of: Bytes | Subwords
 
@@ -89,19 +89,19 @@ class Framed:
     return self.of.size + NUM_SPECIAL
 
   def encode(self, texts: list[str]) -> list[np.ndarray]:
-    """Token ids [t] int32 of each text, without start and end."""
+    """Encode each text as ids [t] int32, without start and end."""
     return [tokens + NUM_SPECIAL for tokens in self.of.encode_batch(texts)]
 
   def decode(self, tokens) -> str:
-    """The text of tokens up to the first end, without spaces at its ends."""
-    return self.of.decode(_content(tokens)).strip()
+    """Decode tokens up to the first end, and strip surrounding whitespace."""
+    return self.of.decode(_strip_special(tokens)).strip()
 
   def pieces(self, tokens) -> list[str]:
-    """What each token up to the end stands for."""
-    return self.of.pieces(_content(tokens))
+    """The text of each token up to the first end."""
+    return self.of.pieces(_strip_special(tokens))
 
 
-def _content(tokens):
+def _strip_special(tokens):
   tokens = np.asarray(tokens)
   ends = np.flatnonzero(tokens == END)
   tokens = tokens[: ends[0]] if len(ends) else tokens

@@ -1,4 +1,4 @@
-"""Examples with a class: what is read, how it is split, batched and refused."""
+"""Tests of reading, splitting, batching and validating classification data."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ def _write(root, files):
   return root
 
 
-def test_digits_are_cut_into_patches_a_fifth_held_out():
+def test_digits_are_split_into_patches_with_a_fifth_held_out():
   data = _digits(patch_size=3, stride=2, is_shifted=False, batch_size=1438)
   assert (len(data.train), len(data.held_out)) == (1438, 359)
   assert data.labels == tuple('0123456789')
@@ -42,7 +42,7 @@ def test_digits_are_cut_into_patches_a_fifth_held_out():
   assert not images & {x.tobytes() for x in other.inputs}
 
 
-def test_training_digits_are_moved_by_up_to_a_pixel():
+def test_training_digits_are_shifted_by_up_to_a_pixel():
   moved, still = _digits(patch_size=8), _digits(patch_size=8, is_shifted=False)
   seen = set()
   for step in range(6):
@@ -61,7 +61,7 @@ def test_training_digits_are_moved_by_up_to_a_pixel():
   np.testing.assert_array_equal(moved.held_out.inputs, still.held_out.inputs)
 
 
-def test_a_batch_is_a_function_of_seed_and_step():
+def test_batches_depend_only_on_seed_and_step():
   one, same, other = _digits(seed=1), _digits(seed=1), _digits(seed=2)
   same.batch(0)
   np.testing.assert_array_equal(one.batch(5)['inputs'], same.batch(5)['inputs'])
@@ -77,7 +77,7 @@ def test_held_out_batches_have_each_example_once():
   np.testing.assert_array_equal(targets, data.held_out.targets)
 
 
-def test_folders_and_tables_are_read_alike(tmp_path):
+def test_folders_and_tables_are_equivalent(tmp_path):
   texts = [(f'good word{i} Fine.', 'good') for i in range(10)]
   texts += [(f'bad word{i}\nPoor!', 'bad') for i in range(10, 20)]
   folder = _write(
@@ -87,18 +87,18 @@ def test_folders_and_tables_are_read_alike(tmp_path):
   rows = sorted(texts, key=lambda x: x[1])
   table = tmp_path / 'table.csv'
   table.write_text(
-    'kind,id,said\n'
+    'kind,id,body\n'
     + ''.join(f'{label},{i},"{t}"\n' for i, (t, label) in enumerate(rows))
   )
   one = _text(folder)
-  two = _text(table, text_column='said', label_column='kind')
+  two = _text(table, text_column='body', label_column='kind')
   assert one.sha256 == two.sha256
   assert one.labels == ('bad', 'good')
   assert (len(one.train), len(one.held_out)) == (16, 4)
   for a, b in ((one.train, two.train), (one.held_out, two.held_out)):
     for name in ('inputs', 'lengths', 'targets'):
       np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
-  # Lower case, words and signs, padded; words held out are not known.
+  # Lower-case words and punctuation, padded; held-out words are unknown.
   example = one.train[0]
   words = one.vocabulary.decode(example['inputs'])
   kind = one.labels[example['targets']]
@@ -109,7 +109,7 @@ def test_folders_and_tables_are_read_alike(tmp_path):
   assert held[1] == '�'
 
 
-def test_a_test_folder_is_what_is_held_out(tmp_path):
+def test_test_folder_is_held_out(tmp_path):
   root = _write(
     tmp_path,
     {
@@ -126,7 +126,7 @@ def test_a_test_folder_is_what_is_held_out(tmp_path):
   assert ''.join(data.vocabulary.decode(held.inputs[1])) == 'x x x'
 
 
-def test_the_vocabulary_has_the_most_frequent_words(tmp_path):
+def test_vocabulary_has_the_most_frequent_words(tmp_path):
   root = _write(
     tmp_path, {f'{x}/{i}': 'b b c c c a' for x in 'xyz' for i in range(4)}
   )
@@ -137,35 +137,38 @@ def test_the_vocabulary_has_the_most_frequent_words(tmp_path):
   assert _text(root, vocab_size=3).vocabulary.words == ('c',)
 
 
-def test_the_standard_library_serves_without_a_path():
+def test_default_texts_are_from_the_standard_library():
   data = classification.load('text', batch_size=4, context_size=16)
   assert 'email' in data.labels
   assert min(np.bincount(data.train.targets)) > 10
-  # The package's own name is blotted out.
+  # The package's own name is removed from its passages.
   label = data.labels.index('email')
   rows = data.train.inputs[data.train.targets == label]
   assert not any('email' in data.vocabulary.decode(row) for row in rows)
 
 
-def test_mistakes_are_named(tmp_path):
+def test_invalid_data_and_options_raise(tmp_path):
   one = _write(tmp_path / 'one', {'a/1': 'x', 'a/2': 'y'})
   empty = _write(tmp_path / 'empty', {'a/1': 'x', 'b/2': ''})
-  strange = _write(
-    tmp_path / 'strange', {'train/a/1': 'x', 'train/b/1': 'x', 'test/c/1': 'x'}
+  unknown = _write(
+    tmp_path / 'unknown', {'train/a/1': 'x', 'train/b/1': 'x', 'test/c/1': 'x'}
   )
-  _write(tmp_path / 'strange', {'test/a/1': 'x'})
+  _write(tmp_path / 'unknown', {'test/a/1': 'x'})
   table = _write(tmp_path, {'t.csv': 'text,kind\nx,a\ny,a\n'}) / 't.csv'
-  torn = _write(tmp_path, {'torn.csv': 'text,label\nx,a\ny\n'}) / 'torn.csv'
+  short = _write(tmp_path, {'short.csv': 'text,label\nx,a\ny\n'}) / 'short.csv'
   for call, message in (
-    (lambda: _text(one), r"for each of two classes or more, got \['a'\]"),
+    (lambda: _text(one), r"for each of two or more classes, got \['a'\]"),
     (lambda: _text(empty), '2: the file is empty'),
-    (lambda: _text(strange), "class 'c' is held out only"),
+    (lambda: _text(unknown), "class 'c' is in test but not in train"),
     (
       lambda: _text(table),
-      r"label_column: .*t.csv has no column 'label'; it has \['text', 'kind'\]",
+      r"label_column: expected one of \['text', 'kind'\], .* got 'label'",
     ),
-    (lambda: _text(table, label_column='kind'), r"or more, got \['a'\]"),
-    (lambda: _text(torn), 'row 2 has too few columns'),
+    (
+      lambda: _text(table, label_column='kind'),
+      r"more classes, got \['a'\]",
+    ),
+    (lambda: _text(short), 'row 2 has too few columns'),
     (lambda: _text(one, level='letters'), "data.level: .* got 'letters'"),
     (lambda: _text(one, context_size=0), 'data.context_size: expected 1'),
     (lambda: _text(one, batch_size=0), 'data.batch_size: expected 1'),

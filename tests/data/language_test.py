@@ -30,14 +30,15 @@ def test_decoding_undoes_encoding(vocabulary):
   assert len(vocabulary.pieces(tokens)) == len(tokens)
 
 
-def test_unseen_symbols_are_named():
+def test_unknown_symbols_raise():
   vocabulary = Characters.of('abc')
   for text in ('abcd', 'aé', 'A'):
-    with pytest.raises(ValueError, match="symbols '[dAé]' are not among the 3"):
+    message = "symbols '[dAé]' are not in the vocabulary of 3"
+    with pytest.raises(ValueError, match=message):
       vocabulary.encode(text)
 
 
-def test_the_last_tenth_is_for_validation(path):
+def test_last_tenth_is_for_validation(path):
   data = _load(path)
   text = path.read_text()
   assert data.vocabulary.decode(data.train) == text[:900]
@@ -45,7 +46,7 @@ def test_the_last_tenth_is_for_validation(path):
   assert data.sha256 == hashlib.sha256(text.encode()).hexdigest()
 
 
-def test_batches_are_a_function_of_seed_and_step(path):
+def test_batches_depend_only_on_seed_and_step(path):
   one, two = _load(path), _load(path)
   late = one.batch(700)
   for n in (0, 1, 2):
@@ -56,7 +57,7 @@ def test_batches_are_a_function_of_seed_and_step(path):
   assert (other['tokens'] != late['tokens']).any()
 
 
-def test_targets_are_the_next_tokens_and_windows_are_whole(path):
+def test_targets_are_the_next_tokens(path):
   data = _load(path)
   starts = set()
   for n in range(200):
@@ -64,12 +65,12 @@ def test_targets_are_the_next_tokens_and_windows_are_whole(path):
     assert batch['tokens'].shape == batch['targets'].shape == (5, 7)
     assert (batch['tokens'][:, 1:] == batch['targets'][:, :-1]).all()
     starts |= {row.tobytes() for row in batch['tokens']}
-  # An epoch is every window once: 893 of them, of which some look alike.
+  # An epoch has each of the 893 windows once; some windows are equal.
   windows = [data.train[i : i + 7].tobytes() for i in range(893)]
   assert starts == set(windows)
 
 
-def test_validation_counts_each_token_once(path):
+def test_validation_has_each_target_once(path):
   data = _load(path)
   seen = []
   for batch in data.validation_batches(3):
@@ -78,14 +79,14 @@ def test_validation_counts_each_token_once(path):
   np.testing.assert_array_equal(seen, data.validation[1:])
 
 
-def test_the_default_text_is_python():
+def test_default_text_is_the_standard_library():
   data = _load('')
   assert data.name == "the Python standard library's own source"
   assert len(data.tokens) > 1_000_000
   assert data.vocabulary.symbols.isascii()
 
 
-def test_bytes_take_any_text(tmp_path):
+def test_bytes_encode_any_text(tmp_path):
   path = tmp_path / 'text.txt'
   path.write_text('naïve 🙂 ' * 50)
   data = _load(path, level='bytes')
@@ -93,7 +94,7 @@ def test_bytes_take_any_text(tmp_path):
   assert bytes(data.tokens.astype(np.uint8)).decode() == path.read_text()
 
 
-def test_subwords_are_learnt_from_what_is_trained_on(tmp_path):
+def test_subwords_are_learnt_from_the_training_part(tmp_path):
   path = tmp_path / 'text.txt'
   path.write_text('the fox ' * 900 + 'zebras 🙂 ' * 80)
   data = _load(path, level='bpe', vocab_size=270)
@@ -106,18 +107,18 @@ def test_subwords_are_learnt_from_what_is_trained_on(tmp_path):
   assert data.validation_bytes == len(text.encode())
 
 
-def test_a_record_of_the_text_saves_learning(path, monkeypatch):
+def test_recorded_vocabulary_is_reused(path, monkeypatch):
   fields = dict(level='bpe', vocab_size=258)
   data = _load(path, **fields)
   record = {'sha256': data.sha256, 'vocabulary': data.vocabulary.record}
   monkeypatch.setattr(Subwords, 'learn', None)
   again = _load(path, record=record, **fields)
   np.testing.assert_array_equal(again.tokens, data.tokens)
-  with pytest.raises(TypeError):  # of another text
+  with pytest.raises(TypeError):  # the record of another text
     _load(path, record=record | {'sha256': '0'}, **fields)
 
 
-def test_unusable_files_are_refused(tmp_path):
+def test_invalid_files_and_options_raise(tmp_path):
   path = tmp_path / 'text.txt'
   with pytest.raises(FileNotFoundError):
     _load(path)

@@ -1,4 +1,4 @@
-"""Subwords: they keep every text, learnt or given, or say what they lose."""
+"""Tests of subwords: learnt and given tokenizers are lossless or raise."""
 
 import json
 import sys
@@ -16,8 +16,8 @@ _TEXT = "It's 3 o'clock:\n\n  the naïve fox_7 says «hello»  🙂\r\n\tif x:\n
 _LEARNT = Subwords.learn([_TEXT], 400)
 
 
-def _given():
-  """As GPT-4's: a pattern of its own, bytes, and a token with spaces."""
+def _gpt4_like():
+  """A tokenizer like GPT-4's: own pattern, bytes, and a token with spaces."""
   pieces = tokenizers.pre_tokenizers
   pattern = tokenizers.Regex(r' ?[^\s\p{L}\p{N}]+[\r\n]*| ?\p{L}+|\s|.')
   tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -40,8 +40,8 @@ def _given():
   return Subwords(tokenizer.to_str())
 
 
-def _as_gpt2s():
-  """As GPT-2's own file, which names fewer fields, and merges otherwise."""
+def _gpt2_like():
+  """A tokenizer like GPT-2's file, with fewer fields and older merges."""
   record = json.loads(_LEARNT.json)
   for part in ('pre_tokenizer', 'decoder'):
     del record[part]['use_regex']
@@ -55,7 +55,7 @@ def _as_gpt2s():
 
 
 def _across_words():
-  """A text is one word, so that tokens extend over spaces."""
+  """A tokenizer without a word pattern, whose tokens may span spaces."""
   record = json.loads(_LEARNT.json)
   record['pre_tokenizer']['use_regex'] = False
   tokenizer = tokenizers.Tokenizer.from_str(json.dumps(record))
@@ -68,7 +68,7 @@ def _across_words():
   return Subwords(tokenizer.to_str())
 
 
-# Any text, and texts of what the patterns of words are about.
+# Arbitrary text, and text built from cases of the word patterns.
 _ANY = st.text(max_size=200)
 _WORDS = st.lists(
   st.sampled_from(
@@ -87,14 +87,12 @@ _WORDS = st.lists(
 
 @pytest.mark.parametrize(
   'vocabulary',
-  [_LEARNT, _as_gpt2s(), _given(), _across_words()],
+  [_LEARNT, _gpt2_like(), _gpt4_like(), _across_words()],
   ids=['bpe', 'gpt2', 'gpt4', 'across'],
 )
 @settings(deadline=None, max_examples=100)
 @given(text=st.one_of(_ANY, _WORDS))
-def test_a_text_comes_back_and_its_tokens_are_those_of_the_whole(
-  vocabulary, text
-):
+def test_encoding_is_lossless_and_matches_the_whole_text(vocabulary, text):
   tokens = vocabulary.encode(text)
   assert tokens.dtype == np.int32
   assert vocabulary.decode(tokens) == text
@@ -106,15 +104,15 @@ def test_a_text_comes_back_and_its_tokens_are_those_of_the_whole(
   assert len(vocabulary.pieces(tokens)) == len(tokens)
 
 
-def test_what_is_learnt_does_not_depend_on_how_the_text_is_cut():
+def test_learning_does_not_depend_on_splitting():
   assert ''.join(cut(_TEXT)) == _TEXT
   assert len(cut(_TEXT)) > 50
   assert Subwords.learn(cut(_TEXT), 400) == _LEARNT
   assert len(_LEARNT.encode(_TEXT)) < len(_TEXT) / 2
 
 
-@pytest.mark.parametrize('vocabulary', [_LEARNT, _as_gpt2s()])
-def test_parts_that_a_text_has_often_are_encoded_once(monkeypatch, vocabulary):
+@pytest.mark.parametrize('vocabulary', [_LEARNT, _gpt2_like()])
+def test_repeated_parts_are_encoded_once(monkeypatch, vocabulary):
   encode, seen = Subwords.encode_batch, []
 
   def count(self, texts):
@@ -126,41 +124,39 @@ def test_parts_that_a_text_has_often_are_encoded_once(monkeypatch, vocabulary):
   assert sum(map(len, seen)) < len(_TEXT) / 4
 
 
-def test_the_size_is_that_of_the_largest_id():
+def test_size_is_the_largest_id_plus_one():
   vocabulary = tokenizers.models.WordLevel({'a': 3, 'b': 7}, unk_token='a')
   assert Subwords(tokenizers.Tokenizer(vocabulary).to_str()).size == 8
 
 
-def test_a_tokenizer_that_loses_text_says_where():
+def test_lossy_tokenizer_raises_with_position():
   tokenizer = tokenizers.Tokenizer.from_str(_LEARNT.json)
   tokenizer.normalizer = tokenizers.normalizers.Lowercase()
   vocabulary = Subwords(tokenizer.to_str())
   assert vocabulary.encode('a fox').size
-  with pytest.raises(
-    ValueError, match="'Fox' at character 2 comes back as 'fox'"
-  ):
+  with pytest.raises(ValueError, match="'Fox' at character 2 decodes to 'fox'"):
     vocabulary.encode('a Fox')
   with pytest.raises(ValueError, match='surrogates'):
     _LEARNT.encode('\ud800')
 
 
 @pytest.mark.parametrize('content', ['', '{}', '[]', 'null'])
-def test_what_is_no_tokenizer_is_refused(content):
+def test_invalid_tokenizers_raise(content):
   with pytest.raises(ValueError, match=r'not a tokenizer.json: '):
     Subwords(content).encode('a')
 
 
-def test_sizes_below_the_bytes_are_refused():
+def test_too_small_vocabulary_sizes_raise():
   assert Subwords.learn([_TEXT], 256).size == 256
   for size, special, message in (
-    (255, 0, 'expected 256 or more, got 255: there are 256 bytes$'),
-    (258, 3, 'expected 259 or more, got 258: .* bytes and 3 special tokens'),
+    (255, 0, 'expected 256 or more, got 255; it must hold 256 bytes$'),
+    (258, 3, 'expected 259 or more, got 258; .* bytes and 3 special tokens'),
   ):
     with pytest.raises(ValueError, match=message):
       Subwords.learn([_TEXT], size, num_special=special)
 
 
-def test_without_tokenizers_the_extra_is_named(monkeypatch):
+def test_missing_tokenizers_package_raises(monkeypatch):
   monkeypatch.setitem(sys.modules, 'tokenizers', None)
   for use in (
     lambda: Subwords.learn([_TEXT], 300),

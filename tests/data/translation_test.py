@@ -1,4 +1,4 @@
-"""Pairs of sentences: read, encoded, put into batches."""
+"""Tests of reading, encoding and batching sentence pairs."""
 
 import datetime
 import gzip
@@ -34,7 +34,7 @@ def _learn(size):
 
 
 @pytest.mark.parametrize('vocabulary', [Framed(Bytes()), _learn(290)])
-def test_texts_survive_their_tokens(vocabulary):
+def test_decoding_inverts_encoding(vocabulary):
   for text in [*_TEXTS[:4], 'naïve 🙂 </s> <pad>', 'x']:
     (tokens,) = vocabulary.encode([text])
     assert tokens.dtype == np.int32
@@ -45,7 +45,7 @@ def test_texts_survive_their_tokens(vocabulary):
     assert len(vocabulary.pieces(ended)) == len(tokens)
 
 
-def test_bpe_learns_the_same_pieces_each_time():
+def test_bpe_is_deterministic():
   one, two = (_learn(300) for _ in range(2))
   assert one == two
   assert one.size <= 300
@@ -73,7 +73,7 @@ def test_buckets_need_less_padding_than_one():
     assert max(len(targets[i]) + 1 for i in numbers) == t
 
 
-def test_limits_are_the_best_of_all():
+def test_bucket_limits_are_optimal():
   lengths = np.array([2, 2, 3, 7, 7, 8, 8, 8, 13, 21])
   limits = translation._limits(lengths, 3)
 
@@ -87,7 +87,7 @@ def test_limits_are_the_best_of_all():
   assert cost(limits) == best
 
 
-def test_an_epoch_has_every_pair_and_the_next_another_order():
+def test_epochs_have_every_pair_in_different_orders():
   buckets = _buckets()
   sources, targets = _pairs()
 
@@ -113,7 +113,7 @@ def test_an_epoch_has_every_pair_and_the_next_another_order():
   assert first != second
 
 
-def test_a_batch_is_a_function_of_seed_and_step():
+def test_batches_depend_only_on_seed_and_step():
   one, two, other = _buckets(), _buckets(), _buckets(seed=8)
   two.batch(0)
   for name, part in one.batch(23).items():
@@ -126,7 +126,7 @@ def test_a_batch_is_a_function_of_seed_and_step():
   assert {len(one.batch(n)['source']) % 8 for n in steps} == {0}
 
 
-def test_going_through_all_meets_each_once():
+def test_all_yields_each_pair_once():
   buckets = _buckets()
   numbers = []
   for part, batch in buckets.all():
@@ -139,7 +139,7 @@ def test_going_through_all_meets_each_once():
 
 
 @pytest.mark.parametrize('part', ['train', 'validation', 'unseen'])
-def test_dates_say_the_day_that_iso_says(part):
+def test_dates_contain_the_iso_day_and_year(part):
   found = dates.pairs(part, 300)
   for text, iso in found:
     day = datetime.date.fromisoformat(iso)
@@ -148,35 +148,35 @@ def test_dates_say_the_day_that_iso_says(part):
   assert len({text for text, _ in found}) > 290
 
 
-def test_held_out_dates_are_of_days_that_training_never_has():
+def test_held_out_days_are_not_in_training():
   days = {part: {d for _, d in dates.pairs(part, 4000)} for part in
           ('train', 'validation', 'unseen')}  # fmt: skip
   assert not days['train'] & (days['validation'] | days['unseen'])
 
 
-def test_no_date_is_written_like_another():
+def test_dates_are_unambiguous():
   found = {}
   for part in ('train', 'validation', 'unseen'):
     for text, iso in dates.pairs(part, 4000):
       assert found.setdefault(text, iso) == iso
 
 
-def test_tones_can_be_read_off_the_spectrum():
+def test_spectra_identify_the_tones():
   spectra, digits = tones.pairs('train', 5)
   assert spectra[0].shape[1] == tones.FRAME_SIZE
   assert spectra[0].dtype == np.float32
   hertz = (18 + np.arange(tones.FRAME_SIZE)) * 8000 / 256
   for spectrum, number in zip(spectra, digits, strict=True):
     loud = spectrum[spectrum.max(1) > 2.5]
-    # The loudest channels of the middle of a key's tone are near its two.
-    heard = set()
+    # The loudest channels within a tone are near the key's two frequencies.
+    found_keys = set()
     for frame in loud:
       low = hertz[np.argmax(np.where(hertz < 1075, frame, 0))]
       high = hertz[np.argmax(np.where(hertz > 1075, frame, 0))]
       row = np.argmin(np.abs(np.array([697, 770, 852, 941]) - low))
       column = np.argmin(np.abs(np.array([1209, 1336, 1477]) - high))
-      heard.add('123456789*0#'[row * 3 + column])
-    assert set(number) <= heard
+      found_keys.add('123456789*0#'[row * 3 + column])
+    assert set(number) <= found_keys
   assert tones.pairs('validation', 5)[1] != digits
 
 
@@ -200,19 +200,19 @@ def test_lines_are_read_plain_or_gzipped(files):
 @pytest.mark.parametrize(
   ('source', 'target', 'message'),
   [
-    ('a', 'c', 'c: expected as many lines as .*a has, 2, got 1'),
+    ('a', 'c', 'c: expected 2 lines to match .*a, got 1'),
     ('a', 'latin', 'latin: line 2: not UTF-8 at byte 2 .0xfc.'),
     ('empty', 'empty', 'empty: the file is empty'),
     ('cut.gz', 'b', 'cut.gz: damaged gzip file'),
     ('a', '', 'expected two aligned files'),
   ],
 )
-def test_files_that_do_not_fit_are_refused(files, source, target, message):
+def test_mismatched_files_raise(files, source, target, message):
   with pytest.raises(ValueError, match=message):
     translation.read_pairs(files(source), files(target))
 
 
-def test_pairs_that_are_too_long_are_left_out(files):
+def test_too_long_pairs_and_invalid_options_raise(files):
   def load(**more):
     return translation.Translations.load(
       path=files('a'),
@@ -223,7 +223,7 @@ def test_pairs_that_are_too_long_are_left_out(files):
     )
 
   assert load().num_left_out == 0
-  with pytest.raises(ValueError, match='no pair has at most .*max_length=3'):
+  with pytest.raises(ValueError, match='at least one pair .*max_length=3'):
     load(max_length=3)
   with pytest.raises(ValueError, match="level: expected 'bytes' or 'bpe'"):
     load(level='words')

@@ -86,7 +86,7 @@ _MISTAKES = {
   ),
   'lossy_tokenizer': (
     ['--config.data.level={tmp}/lossy.json', f'--config.data.path={__file__}'],
-    "at character 0 comes back as '[UNK]'",
+    "at character 0 decodes to '[UNK]'",
   ),
   'small_model': (
     ['--config.model.vocab_size=9'],

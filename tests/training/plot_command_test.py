@@ -36,7 +36,7 @@ def test_plot_draws_attention_patterns(ended, tmp_path, capsys, monkeypatch):
     (['--text=the lazy', '--heads=0,2'], 'heads: expected 0 to 1, got [2]'),
     (['--text=the lazy', '--heads=a'], 'expected comma-separated numbers'),
     (['--text=' + 'the lazy' * 3], 'text: expected at most 16 tokens'),
-    (['--text=THE'], "text: symbols 'EHT' are not among"),
+    (['--text=THE'], "text: symbols 'EHT' are not in the vocabulary"),
     (['--text='], 'text: expected at least one symbol, got none'),
   ):
     assert cli.main([*words, *more]) == 2
