@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from attention.ops.implementations import contractions
 from attention.ops.implementations.base import Recomputing
 from attention.ops.masks import LEAST, MASKED
 from attention.ops.options import Options
@@ -18,22 +19,16 @@ def products(
   options: Options,
 ) -> Float[Array, '*b h q k']:
   """Compute similarities in float32: dot products or additive."""
+  if options.vector is None:
+    return contractions.products(query, key)
   *batch, num_query, num_heads, size = query.shape
   num_key, num_groups = key.shape[-3:-1]
   shared = num_heads // num_groups
   query = query.reshape(*batch, num_query, num_groups, shared, size)
-  if options.vector is None:
-    x = jnp.einsum(
-      '...qgrd,...kgd->...grqk',
-      query,
-      key,
-      preferred_element_type=jnp.float32,
-    )
-  else:
-    query, key = query.astype(jnp.float32), key.astype(jnp.float32)
-    hidden = jnp.tanh(query[..., None, :, :, :] + key[..., None, :, :, None, :])
-    vector = options.vector.reshape(num_groups, shared, size)
-    x = jnp.einsum('...qkgrd,grd->...grqk', hidden, vector.astype(jnp.float32))
+  query, key = query.astype(jnp.float32), key.astype(jnp.float32)
+  hidden = jnp.tanh(query[..., None, :, :, :] + key[..., None, :, :, None, :])
+  vector = options.vector.reshape(num_groups, shared, size)
+  x = jnp.einsum('...qkgrd,grd->...grqk', hidden, vector.astype(jnp.float32))
   return x.reshape(*batch, num_heads, num_query, num_key)
 
 
@@ -75,8 +70,7 @@ def attention(
 ) -> Float[Array, '*b q h e']:
   """softmax(query keyᵀ · scale + bias) value (Vaswani et al. 2017, eq. 1)."""
   *batch, num_query, num_heads, _ = query.shape
-  num_key, num_groups = key.shape[-3:-1]
-  shared = num_heads // num_groups
+  num_key = key.shape[-3]
   x = logits(query, key, options)
   pattern = softmax(x, options.sinks)
   if options.dropout is not None:
@@ -84,13 +78,7 @@ def attention(
     pattern *= options.dropout.factor(
       rows.reshape(*batch, num_heads), 0, num_query, 0, num_key
     )
-  pattern = pattern.astype(value.dtype)
-  output = jnp.einsum(
-    '...grqk,...kge->...qgre',
-    pattern.reshape(*batch, num_groups, shared, num_query, num_key),
-    value,
-    preferred_element_type=jnp.float32,
-  ).reshape(*batch, num_query, num_heads, value.shape[-1])
+  output = jnp.swapaxes(contractions.sum_keys(pattern, value), -3, -2)
   if options.mask is not None or options.bias is not None:
     # Fully masked rows return zeros and have zero gradients.
     has_key = jnp.swapaxes((x != MASKED).any(-1), -1, -2)  # [*b, q, h]
