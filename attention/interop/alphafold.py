@@ -111,14 +111,14 @@ class Attention(gated.GatedAttention):
     self.output_dim = output_dim
 
   def __call__(self, q_data, m_data, mask, nonbatched_bias=None):
-    """Applies the layer.
+    """Attend from `q_data` to `m_data`.
 
     Args:
-      q_data: [b, q, a].
-      m_data: [b, k, a'].
-      mask: [b, q, k], or with a head axis of its own [b or 1, h or 1, q or 1,
-        k]; 0 masks.
-      nonbatched_bias: [h, q, k], or [q, k] for all heads.
+      q_data: query input [b, q, a].
+      m_data: key and value input [b, k, a'].
+      mask: [b, q, k], or [b or 1, h or 1, q or 1, k] with a head axis; 0 where
+        a key is masked.
+      nonbatched_bias: [h, q, k], or [q, k], which all heads share.
 
     Returns:
       [b, q, output_dim].
