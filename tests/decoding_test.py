@@ -283,7 +283,7 @@ def test_prompt_may_be_a_list():
 @pytest.mark.parametrize(
   ('options', 'message'),
   [
-    ({'beam_size': 6}, 'beam_size: expected 1 to 5, .*vocabulary, got 6'),
+    ({'beam_size': 6}, 'beam_size: expected 1 to 5, .*vocabulary size, got 6'),
     ({'beam_size': 0}, 'beam_size: expected 1 to 5'),
     (
       {'beam_size': 2, 'num_best': 3},
