@@ -117,7 +117,10 @@ def plot(arguments) -> int:
     layer, heads = plots.rows(patterns)[0]
     shown = f'{layer}, head {numbers[0] if numbers else 0}'
     for kind, figure in (
-      ('grid', plots.pattern_grid(patterns, head_numbers=numbers)),
+      (
+        'grid',
+        plots.pattern_grid(patterns, queries, keys, head_numbers=numbers),
+      ),
       (
         'pattern',
         plots.pattern(
@@ -131,7 +134,7 @@ def plot(arguments) -> int:
       ('flow', plots.flow(heads[0], queries, keys, title=shown)),
     ):
       path = out / f'{name}_{kind}.png'
-      figure.savefig(path, dpi=120)
+      figure.savefig(path, dpi=plots.DPI)
       print(path)
     path = out / f'{name}.html'
     title = f'{name} of {workdir.name}'

@@ -44,6 +44,16 @@ def test_grid_has_a_row_per_layer_and_a_column_per_head():
   assert figure.axes[2].get_title() == 'head 7'
 
 
+def test_grid_labels_its_outer_axes_with_few_tokens():
+  figure = plots.pattern_grid({'a': _patterns(2, 5, 5)}, 'abcde')
+  first, second = figure.axes[:2]
+  assert [t.get_text() for t in first.get_yticklabels()] == list('abcde')
+  assert first.get_aspect() == 1
+  assert not any(t.get_visible() for t in second.get_yticklabels())
+  many = plots.pattern_grid({'a': _patterns(1, 40, 40)}, 'x' * 40)
+  assert len(many.axes[0].get_xticks()) < 10
+
+
 @pytest.mark.parametrize('queries_as', ['rows', 'columns'])
 def test_pattern_draws_queries_as_rows_or_columns(tmp_path, queries_as):
   weights = _patterns(3, 5)

@@ -1,10 +1,11 @@
 """Plots of training runs and of attention patterns."""
 
-from attention.plots.patterns import flow, pattern, pattern_grid, rows
+from attention.plots.patterns import DPI, flow, pattern, pattern_grid, rows
 from attention.plots.runs import confusion_matrix, loss_curve
 from attention.plots.viewer import viewer
 
 __all__ = [
+  'DPI',
   'confusion_matrix',
   'flow',
   'loss_curve',

@@ -4,7 +4,10 @@ import re
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
+DPI = 150  # of figures that are saved
+_MAX_LABELS = 16  # tokens that label a panel of a grid; numbers above
 _COLOURS = 'Blues'
 _VISIBLE = {' ': '␣', '\n': '⏎', '\t': '⇥', '\r': '␍', '': '∅'}
 
@@ -37,33 +40,48 @@ def rows(patterns) -> list[tuple[str, np.ndarray]]:
   return found
 
 
-def pattern_grid(patterns, *, head_numbers=None) -> Figure:
+def pattern_grid(
+  patterns, queries=None, keys=None, *, head_numbers=None
+) -> Figure:
   """Plot all patterns in a grid with a row per layer and a column per head.
 
   Args:
     patterns: arrays by module path; see `rows`.
+    queries: a label per query, shown up to 16 of them; numbers by default.
+    keys: a label per key; by default `queries` for square patterns.
     head_numbers: numbers in the titles of the heads; 0, 1, … by default.
 
   Raises:
-    ValueError: See `rows`.
+    ValueError: See `rows`; labels that do not match the patterns.
   """
   layers = rows(patterns)
+  labels = None
+  if queries is not None or keys is not None:
+    _, *labels = _check(layers[0][1][0], queries, keys)
   num_heads = max(len(heads) for _, heads in layers)
   shape = (len(layers), num_heads)
   figure = Figure(
-    figsize=(1.5 * num_heads + 1, 1.5 * len(layers) + 0.6), layout='constrained'
+    figsize=(1.5 * num_heads + 1.4, 1.5 * len(layers) + 0.8),
+    layout='constrained',
   )
   grid = figure.subplots(*shape, squeeze=False)
   largest = max(heads.max() for _, heads in layers)
-  for (label, heads), panels in zip(layers, grid, strict=True):
+  for row, ((label, heads), panels) in enumerate(
+    zip(layers, grid, strict=True)
+  ):
     for number, axes in enumerate(panels):
-      axes.set(xticks=[], yticks=[])
       if number >= len(heads):
         axes.axis('off')
         continue
       image = axes.imshow(
-        heads[number], vmin=0, vmax=largest, cmap=_COLOURS, aspect='auto'
+        heads[number],
+        vmin=0,
+        vmax=largest,
+        cmap=_COLOURS,
+        aspect=_aspect(heads[number]),
       )
+      is_last_row = row == len(grid) - 1
+      _label_panel(axes, heads[number], labels, number, is_last_row)
     # The end of the path identifies the layer; the whole path would not fit.
     panels[0].set_ylabel('\n'.join(label.split('/')[-2:]), fontsize=7)
   for number, axes in enumerate(grid[0]):
@@ -104,7 +122,7 @@ def pattern(
   size = [min(16, max(3.2, 0.22 * len(x) + 1.2)) for x in (across, down)]
   figure = Figure(figsize=(size[0] + 1, size[1]), layout='constrained')
   axes = figure.subplots()
-  image = axes.imshow(weights, vmin=0, cmap=_COLOURS, aspect='auto')
+  image = axes.imshow(weights, vmin=0, cmap=_COLOURS, aspect=_aspect(weights))
   style = {'fontsize': 8, 'parse_math': False}
   axes.set_xticks(range(len(across)), across, rotation=90, **style)
   axes.set_yticks(range(len(down)), down, **style)
@@ -148,6 +166,28 @@ def flow(weights, queries=None, keys=None, *, title='') -> Figure:
   axes.axis('off')
   _add_title(figure, title)
   return figure
+
+
+def _aspect(weights):
+  """Square cells, unless the pattern would become a thin strip."""
+  return 'equal' if max(weights.shape) <= 4 * min(weights.shape) else 'auto'
+
+
+def _label_panel(axes, weights, labels, column, is_last_row):
+  """Label the outer axes of a grid: with tokens if few, else with positions."""
+  axes.tick_params(
+    labelsize=6, length=2, labelleft=column == 0, labelbottom=is_last_row
+  )
+  for axis, count, side in (
+    (axes.yaxis, weights.shape[0], 0),
+    (axes.xaxis, weights.shape[1], 1),
+  ):
+    names = labels and labels[side]
+    if names and len(names) == count <= _MAX_LABELS:
+      style = {'rotation': 90} if side else {}
+      axis.set_ticks(range(count), names, parse_math=False, **style)
+    else:
+      axis.set_major_locator(MaxNLocator(4, integer=True))
 
 
 def _add_title(figure, title):

@@ -5,6 +5,8 @@ import pathlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from attention.plots.patterns import DPI
+
 
 def loss_curve(
   lines: list[dict], path: pathlib.Path, unit: str = 'nats per token'
@@ -41,7 +43,7 @@ def loss_curve(
   if axes.lines:
     axes.legend(frameon=False)
   path.parent.mkdir(parents=True, exist_ok=True)
-  figure.savefig(path, dpi=120)
+  figure.savefig(path, dpi=DPI)
 
 
 def confusion_matrix(counts, labels, path: pathlib.Path | None = None):
@@ -86,5 +88,5 @@ def confusion_matrix(counts, labels, path: pathlib.Path | None = None):
   axes.set(xlabel='predicted', ylabel='true')
   if path is not None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=DPI)
   return figure

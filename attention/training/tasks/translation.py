@@ -317,7 +317,7 @@ class Translation:
       figure = plots.pattern(
         heads.mean(0), queries, keys, title=f'{layer}, mean of all heads'
       )
-      figure.savefig(folder / f'cross_attention_{n}.png', dpi=120)
+      figure.savefig(folder / f'cross_attention_{n}.png', dpi=plots.DPI)
 
   def patterns(self, params, text: str, **selection) -> dict:
     """Capture the cross-attention between a text and its translation.
