@@ -64,7 +64,7 @@ def test_imports_go_down_or_stay(path):
 
 
 def test_ops_know_neither_haiku_nor_data():
-  for path in (_ROOT / 'attention' / 'ops').glob('*.py'):
+  for path in (_ROOT / 'attention' / 'ops').rglob('*.py'):
     assert _imports(path)[1] <= {
       *sys.stdlib_module_names,
       'attention',

@@ -16,8 +16,9 @@ from attention.ops.dropout import check_rate
 from attention.ops.positions import rotary
 
 _COUNTS = 'num_heads', 'num_kv_heads', 'key_size', 'value_size', 'model_size'
+SIMILARITIES = ('scaled_dot', 'dot', 'cosine', 'general', 'additive')
 _KNOWN = {
-  'similarity': ('scaled_dot', 'dot', 'cosine', 'general', 'additive'),
+  'similarity': SIMILARITIES,
   'value_factorisation': ('low_rank', 'full'),
 }
 

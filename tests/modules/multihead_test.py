@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import attention
+from attention.modules.multihead import SIMILARITIES
 
 B, T, K, M = 3, 5, 7, 12
 
@@ -137,9 +138,7 @@ def test_fused_projection_refuses_two_widths(arrays):
     )
 
 
-@pytest.mark.parametrize(
-  'similarity', ['scaled_dot', 'dot', 'cosine', 'general', 'additive']
-)
+@pytest.mark.parametrize('similarity', SIMILARITIES)
 def test_similarities_are_those_of_the_formula(
   arrays, assert_close, similarity
 ):

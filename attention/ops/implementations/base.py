@@ -80,7 +80,11 @@ class Recomputing(Implementation):
   """An implementation that JAX differentiates, with recomputation."""
 
   def attend(self, query, key, value, options):
-    """Return the output [*b, q, h, e]."""
+    """Return the output [*b, q, h, e] in the dtype of `query`.
+
+    Fully masked rows return zeros. The key heads divide the query heads, dtypes
+    may differ, and axes may be empty unless `refusal` rejects them.
+    """
     raise NotImplementedError
 
   def forward(self, query, key, value, options):

@@ -28,13 +28,14 @@ class _Missing(Implementation):
     return f'no kernel for platform {self.platform!r}'
 
 
-# By name, best first, and by platform; None stands for all other platforms.
+# By name and by platform; None stands for all other platforms.
 _IMPLEMENTATIONS = {
   'fused': {'cuda': Triton(), 'tpu': Tpu()},
   'chunked': {'cpu': Chunked(), None: Chunked(is_cpu=False)},
   'reference': {None: reference.Reference()},
   'cudnn': {'cuda': cudnn.Cudnn()},
 }
+# Best first.
 _DEFAULT = ('fused', 'chunked', 'reference')
 
 

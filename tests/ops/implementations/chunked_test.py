@@ -59,6 +59,7 @@ LOOPS = {
   'wide': TileLoop(Tiles(2, 13, 6)),
   'accelerator': Chunked(is_cpu=False),
 }
+# Masks and biases are those of the loop, not of its block sizes.
 _each_loop = pytest.mark.parametrize('loop', ['rows', 'blocks'])
 
 
