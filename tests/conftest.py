@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import shutil
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +16,27 @@ _TOLERANCES = {'float32': 2e-5, 'bfloat16': 2e-2, 'float16': 4e-3}
 
 
 def pytest_configure(config):
-  """Skips optimisations: the default tests compile more than they compute."""
-  if config.option.markexpr == 'not slow':
-    os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'  # for subprocesses
-    jax.config.update('jax_disable_most_optimizations', True)
+  """Reduces compilation, which takes most of the default tests' time."""
+  if config.option.markexpr != 'not slow':
+    return
+  # Environment variables, for subprocesses, and JAX's own settings.
+  if not hasattr(config, 'workerinput'):
+    cache = tempfile.mkdtemp(prefix='attention_tests_')
+    config.add_cleanup(lambda: shutil.rmtree(cache, ignore_errors=True))
+    os.environ['JAX_COMPILATION_CACHE_DIR'] = cache
     if jax.__version_info__ < (0, 11):  # later XLA has no other emitters
       flags = os.environ.get('XLA_FLAGS', '')
       os.environ['XLA_FLAGS'] = f'{flags} --xla_cpu_use_fusion_emitters=false'
+  settings = {
+    'jax_disable_most_optimizations': True,
+    # Shared by the workers and by runs in processes of their own.
+    'jax_compilation_cache_dir': os.environ['JAX_COMPILATION_CACHE_DIR'],
+    'jax_persistent_cache_min_compile_time_secs': 0.15,
+    'jax_persistent_cache_min_entry_size_bytes': -1,
+  }
+  for name, value in settings.items():
+    os.environ[name.upper()] = str(value)
+    jax.config.update(name, value)
 
 
 @pytest.fixture
