@@ -39,6 +39,11 @@ def pytest_configure(config):
     jax.config.update(name, value)
 
 
+def pytest_collection_modifyitems(items):
+  """Puts runs first: they take longest, and would leave a worker idle."""
+  items.sort(key=lambda item: 'training' not in item.path.parts)
+
+
 @pytest.fixture
 def assert_close():
   """assert_close(actual, expected, dtype=…): in tolerance, finite, in shape."""
