@@ -50,6 +50,11 @@ def test_grid_labels_its_outer_axes_with_few_tokens():
   assert [t.get_text() for t in first.get_yticklabels()] == list('abcde')
   assert first.get_aspect() == 1
   assert not any(t.get_visible() for t in second.get_yticklabels())
+  shorter = {'a': _patterns(2, 5, 5), 'b': _patterns(1, 5, 5)}
+  shorter = plots.pattern_grid(shorter, 'abcde')
+  # The second column ends in the first row.
+  below = [a.xaxis.get_tick_params()['labelbottom'] for a in shorter.axes[:3]]
+  assert below == [False, True, True]
   many = plots.pattern_grid({'a': _patterns(1, 40, 40)}, 'x' * 40)
   assert len(many.axes[0].get_xticks()) < 10
 

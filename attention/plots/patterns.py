@@ -80,8 +80,8 @@ def pattern_grid(
         cmap=_COLOURS,
         aspect=_aspect(heads[number]),
       )
-      is_last_row = row == len(grid) - 1
-      _label_panel(axes, heads[number], labels, number, is_last_row)
+      is_lowest = all(number >= len(below) for _, below in layers[row + 1 :])
+      _label_panel(axes, heads[number], labels, number, is_lowest)
     # The end of the path identifies the layer; the whole path would not fit.
     panels[0].set_ylabel('\n'.join(label.split('/')[-2:]), fontsize=7)
   for number, axes in enumerate(grid[0]):
@@ -173,10 +173,10 @@ def _aspect(weights):
   return 'equal' if max(weights.shape) <= 4 * min(weights.shape) else 'auto'
 
 
-def _label_panel(axes, weights, labels, column, is_last_row):
+def _label_panel(axes, weights, labels, column, is_lowest):
   """Label the outer axes of a grid: with tokens if few, else with positions."""
   axes.tick_params(
-    labelsize=6, length=2, labelleft=column == 0, labelbottom=is_last_row
+    labelsize=6, length=2, labelleft=column == 0, labelbottom=is_lowest
   )
   for axis, count, side in (
     (axes.yaxis, weights.shape[0], 0),
