@@ -1,10 +1,11 @@
-"""cuDNN's masks and fully masked rows, computed by JAX's XLA path."""
+"""cuDNN attention: what it refuses, and its masks by JAX's XLA path."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import attention
 from attention import Mask
 from attention.ops.arguments import check
 from attention.ops.implementations import reference
@@ -44,3 +45,33 @@ def test_values_and_gradients_are_the_references(
 
   actual, expected = run(Cudnn().attend), run(reference.attention)
   jax.tree.map(assert_close, actual, expected)
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'reason'),
+  [
+    (dict(bias=jnp.zeros((H, T, T))), 'bias is not supported'),
+    (dict(logit_cap=3.0), 'logit_cap is not supported'),
+    (dict(mask=Mask.causal(1)), 'only causal bands'),
+    (dict(mask=Mask.prefix(2)), 'Mask.prefix is not supported'),
+    (dict(mask=Mask.window(2) & Mask.lengths(None, 3)), 'only causal bands'),
+    (dict(mask=Mask.window(2, 0) & Mask.lengths(None, 3)), 'chosen'),
+    (dict(is_causal=True), 'chosen'),
+  ],
+)
+def test_cudnn_reports_unsupported_arguments(arguments, reason):
+  q = jax.ShapeDtypeStruct((B, T, H, D), jnp.bfloat16)
+  k = jax.ShapeDtypeStruct((B, T, G, D), jnp.bfloat16)
+  ((_, reported),) = attention.explain(
+    q, k, k, platform='cuda', implementation='cudnn', **arguments
+  )
+  assert reason in reported
+
+
+def test_cudnn_reports_unsupported_dtype_and_platform(arrays):
+  qkv = arrays((B, T, H, D), (B, T, G, D), (B, T, G, D))
+  for platform, reason in (('cuda', 'expected bfloat16'), ('cpu', 'no kernel')):
+    ((_, reported),) = attention.explain(
+      *qkv, platform=platform, implementation='cudnn'
+    )
+    assert reason in reported
