@@ -1,12 +1,11 @@
 """Whole models, built from `attention.modules`."""
 
 import dataclasses
-import difflib
 
 from attention.models.classifier import Classifier
 from attention.models.gpt import GPT
 from attention.models.translator import Translator
-from attention.modules.fields import check_count
+from attention.modules.fields import check_count, hint
 from attention.modules.multihead import MultiHeadAttention
 
 _MODELS = {'classifier': Classifier, 'gpt': GPT, 'translator': Translator}
@@ -63,10 +62,9 @@ def _complete(cls, values, path, hidden=frozenset()):
   }
   for key in values:
     if key not in known:
-      near = difflib.get_close_matches(key, known, n=1)
-      hint = f'; did you mean {near[0]!r}?' if near else ''
-      owner = cls.__name__ if hidden else cls.__name__.lower()
-      raise ValueError(f'{path}.{key}: {owner} has no such field{hint}')
+      raise ValueError(
+        f'{path}.{key}: {cls.__name__} has no such field{hint(key, known)}'
+      )
   return {
     key: None
     if known[key].default is None and value in (0, '') and value is not False

@@ -4,13 +4,19 @@ import difflib
 from collections.abc import Iterable
 
 
+def hint(name, known: Iterable[str]) -> str:
+  """The end of an error message that suggests the nearest known name, or ''."""
+  near = difflib.get_close_matches(str(name), known, n=1)
+  return f'; did you mean {near[0]!r}?' if near else ''
+
+
 def check_choice(name: str, value, known: Iterable[str]) -> None:
   """Raises ValueError, with the nearest name, unless `value` is in `known`."""
   known = tuple(known)
   if value not in known:
-    near = difflib.get_close_matches(str(value), known, n=1)
-    hint = f'; did you mean {near[0]!r}?' if near else ''
-    raise ValueError(f'{name}: expected one of {known}, got {value!r}{hint}')
+    raise ValueError(
+      f'{name}: expected one of {known}, got {value!r}{hint(value, known)}'
+    )
 
 
 def check_count(name: str, value: int | None) -> None:

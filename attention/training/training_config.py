@@ -1,8 +1,8 @@
 """config.training: the length of a run and how it is executed."""
 
 import dataclasses
-import difflib
 
+from attention.modules.fields import hint
 from attention.training.optimization import precision
 
 _POSITIVE = (
@@ -76,9 +76,7 @@ class TrainingConfig:
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for key in training:
       if key not in fields:
-        near = difflib.get_close_matches(key, fields, n=1)
-        hint = f'; did you mean {near[0]!r}?' if near else ''
-        raise ValueError(f'training.{key}: no such key{hint}')
+        raise ValueError(f'training.{key}: no such key{hint(key, fields)}')
     for key in fields:
       if key not in training and key not in cls.defaults():
         raise ValueError(f'training.{key}: missing; set it in the config')
