@@ -3,6 +3,7 @@
 Folders have the format of transformers: `config.json` and safetensors files.
 """
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -12,8 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attention import models
 from attention.interop.shapes import differences
 from attention.models.gpt import GPT
+from attention.modules.multihead import MultiHeadAttention
 
 try:
   from safetensors import SafetensorError
@@ -50,6 +53,17 @@ _BLOCK = {
   'feed_forward_norm': ('ln_2', _NORM),
   'expand': ('mlp.c_fc', _LINEAR),
   'contract': ('mlp.c_proj', _LINEAR),
+}
+# Fields whose values GPT-2's files hold, or that change no output.
+_FREE = {
+  *_FIELDS,
+  'attention',
+  'dropout_rate',
+  'fused_qkv',
+  'hidden_size',  # as the shapes of the parameters show
+  'implementation',
+  'use_remat',
+  'use_scan',
 }
 _MASKS = ('.attn.bias', '.attn.masked_bias')  # constant masks in older files
 _OUTPUT = 'lm_head.weight'
@@ -107,14 +121,11 @@ def save(folder, fields: dict, params: dict) -> None:
     params: {module: {name: array}} of a module named 'gpt'.
 
   Raises:
-    ValueError: If fields are missing or unknown, the mixer is not attention, or
-      the parameters do not match the fields (all differences are listed).
+    ValueError: If fields are missing or unknown, a field makes the model differ
+      from GPT-2 (such as another activation or a window), or the parameters do
+      not match the fields (all differences are listed).
       Nothing is written in these cases.
   """
-  if fields.get('mixer', 'attention') != 'attention':
-    raise ValueError(
-      f"mixer: expected 'attention' for GPT-2, got {fields['mixer']!r}"
-    )
   fields = {'with_tied_output': True} | dict(fields)
   for what, names in {
     'missing': _FIELDS.keys() - fields.keys(),
@@ -122,6 +133,9 @@ def save(folder, fields: dict, params: dict) -> None:
   }.items():
     if names:
       raise ValueError(f'fields: {what} {", ".join(sorted(names))}')
+  fields = models.resolve('gpt', fields)
+  _check_variants(GPT, fields)
+  _check_variants(MultiHeadAttention, fields.get('attention') or {})
   dropout_rate = float(fields.get('dropout_rate', 0.0))
   fields = {field: np.array(fields[field]).item() for field in _FIELDS}
   flat = {
@@ -157,6 +171,16 @@ def save(folder, fields: dict, params: dict) -> None:
   safetensors.save_file(arrays, weights, metadata={'format': 'pt'})
   for name in ('model.safetensors', 'config.json'):
     os.replace(folder / f'{name}.part', folder / name)
+
+
+def _check_variants(cls, values):
+  """Raises ValueError for a field that GPT-2 has no counterpart of."""
+  for field in dataclasses.fields(cls):
+    value = values.get(field.name, field.default)
+    if field.name not in _FREE and value != field.default:
+      raise ValueError(
+        f'{field.name}: expected {field.default!r} for GPT-2, got {value!r}'
+      )
 
 
 def _read_arrays(folder):

@@ -43,18 +43,23 @@ def create(name: str, **fields):
   """
   if name not in _MODELS:
     raise ValueError(f'model: expected one of {sorted(_MODELS)}, got {name!r}')
-  fields = _complete(_MODELS[name], fields, 'model')
-  if fields.get('attention'):
-    fields['attention'] = _complete(
-      MultiHeadAttention, fields['attention'], 'model.attention', _SET
-    )
+  fields = resolve(name, fields)
   for field in _POSITIVE:
     check_count(f'model.{field}', fields.get(field))
   return _MODELS[name](**fields)
 
 
-def _complete(cls, values, path, hidden=frozenset()):
-  """The fields with None for 0 and ''; raises ValueError for unknown ones."""
+def resolve(name: str, fields: dict) -> dict:
+  """The fields of a model with None for 0 and ''; see `create`."""
+  fields = _resolve(_MODELS[name], fields, 'model')
+  if fields.get('attention'):
+    fields['attention'] = _resolve(
+      MultiHeadAttention, fields['attention'], 'model.attention', _SET
+    )
+  return fields
+
+
+def _resolve(cls, values, path, hidden=frozenset()):
   known = {
     field.name: field
     for field in dataclasses.fields(cls)

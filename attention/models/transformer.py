@@ -25,9 +25,7 @@ class Transformer(hk.Module):
   norm_kind: str = 'layer'  # or 'rms'
   activation: str = 'gelu'  # relu, silu, geglu or swiglu
   mixer: str = 'attention'  # or, for comparison, 'lstm' or 'conv'
-  window: int | None = (
-    None  # tokens that self-attention reaches, itself included
-  )
+  window: int | None = None  # reach of self-attention, itself included
   dropout_rate: float = 0.0
   attention: dict | None = None  # further fields of MultiHeadAttention
   implementation: str | None = None  # see dot_product_attention

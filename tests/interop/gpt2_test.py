@@ -173,10 +173,25 @@ def test_missing_and_damaged_files_raise(folder):
       gpt2.load(missing)
 
 
+def test_fields_of_a_config_are_saved_if_they_are_gpt2s(tmp_path):
+  fields, params = gpt2.load(_GOLDEN)
+  attention = {'num_kv_heads': 0, 'logit_cap': 0.0, 'implementation': ''}
+  gpt2.save(tmp_path, fields | {'window': 0, 'attention': attention}, params)
+  assert gpt2.load(tmp_path)[0] == fields
+
+
 def test_invalid_models_are_not_saved(tmp_path):
   fields, params = gpt2.load(_GOLDEN)
   with pytest.raises(ValueError, match="expected 'attention' .*, got 'lstm'"):
     gpt2.save(tmp_path, fields | {'mixer': 'lstm'}, params)
+  for changes, message in (
+    ({'activation': 'relu'}, "activation: expected 'gelu' .*'relu'"),
+    ({'window': 3}, 'window: expected None for GPT-2, got 3'),
+    ({'attention': {'similarity': 'cosine'}}, 'similarity: .*scaled_dot'),
+    ({'attention': {'logit_cap': 9.0}}, 'logit_cap: expected None'),
+  ):
+    with pytest.raises(ValueError, match=message):
+      gpt2.save(tmp_path, fields | changes, params)
   with pytest.raises(ValueError, match='params: unexpected gpt/block_1/'):
     gpt2.save(tmp_path, fields | {'num_layers': 1}, params)
   with pytest.raises(ValueError, match='fields: unknown num_layer, width'):
