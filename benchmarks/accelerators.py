@@ -17,7 +17,8 @@ cuequivariance-jax. Of the last, `triangle_attention` is measured, because
 `attention_pair_bias` is a whole layer with projections. --quick measures three
 workloads. --check runs the contract tests of attention on the device and checks
 the numerical errors of the workloads without timing them. Its exit status is 1
-if any result is wrong.
+if any result is wrong. --peers limits the peers, by names such as
+default,cudnn,tokamax.
 
 With --device, or if no accelerator is attached, the workloads are compiled for
 the device but not run. The table then shows the kernels launched per pass, the
@@ -120,13 +121,14 @@ def describe(name):
   return ', '.join([*words, str(datetime.date.today())])
 
 
-def make_rows(work_name, work, excluded=''):
-  """Create a row for each pass and peer."""
+def make_rows(work_name, work, chosen, excluded=''):
+  """Create a row for each pass and each peer that is chosen."""
   return [
     {'work': work_name, 'pass': name, 'peer': peer}
     for name in work.passes
     for peer in work.peers
-    if not excluded or excluded not in peer
+    if not (excluded and excluded in peer)
+    if not chosen or peer in chosen
   ]
 
 
@@ -143,7 +145,7 @@ def compiled_rows(work_name, device_name, arguments):
   """Compile a workload for a device that is not attached; returns its rows."""
   target = catalogue.find(device_name)
   work = works.create(work_name, arguments.scale)
-  rows = make_rows(work_name, work, excluded='cudnn')
+  rows = make_rows(work_name, work, arguments.peers, excluded='cudnn')
   for row in rows:
     with record_failure(row):
       peer, name = work.peers[row['peer']], row['pass']
@@ -176,16 +178,23 @@ def compile_for(target, work, peer, name):
 def measured_rows(work_name, arguments):
   """Run a workload on the attached device; returns its rows."""
   work = works.create(work_name, arguments.scale)
-  rows = make_rows(work_name, work)
-  compiled = [compile_here(work, row) for row in rows]
+  rows = make_rows(work_name, work, arguments.peers)
+  # XLA tunes one program at a time, even if threads compile several.
+  with futures.ThreadPoolExecutor() as pool:
+    compiled = pool.map(functools.partial(compile_here, work), rows)
+    repeated = list(
+      pool.map(functools.partial(compile_repeated, work), rows)
+      if arguments.rounds
+      else [None] * len(rows)
+    )
   runs = [
-    (row, program)
-    for row, program in zip(rows, compiled, strict=True)
+    (row, program, loop)
+    for row, program, loop in zip(rows, compiled, repeated, strict=True)
     if 'note' not in row
   ]
   # The device's peak memory never decreases, so the smallest peers run first.
   runs.sort(key=lambda run: run[0]['temporary_mib'])
-  for row, program in runs:
+  for row, program, _ in runs:
     with record_failure(row):
       jax.block_until_ready(program(*work.arrays(work.peers[row['peer']])))
       stats = jax.devices()[0].memory_stats() or {}
@@ -197,7 +206,7 @@ def measured_rows(work_name, arguments):
     with record_failure(exact):
       measure_errors(work, name, passed)
     rows += [exact] if 'note' in exact else []
-    measure_times(work, name, [row for row, _ in passed], arguments.rounds)
+    measure_times(work, name, passed, arguments.rounds)
   return rows
 
 
@@ -220,30 +229,30 @@ def measure_errors(work, name, runs):
       *works.to_float32(work.arrays(work.exact))
     )
   errors = {}
-  for row, program in runs:
+  for row, program, _ in runs:
     peer = work.peers[row['peer']]
     got = program(*work.arrays(peer))
     errors[row['peer']] = works.error(got, peer.arrange(expected))
     row['error'] = errors[row['peer']]
   limit = max(_ERROR, 2 * errors.get('reference', 0))
-  for row, _ in runs:
+  for row, *_ in runs:
     if row['peer'] == 'default':
       row['limits'] = 'within' if row['error'] <= limit else 'OVER'
 
 
-def measure_times(work, name, rows, rounds):
+def measure_times(work, name, runs, rounds):
   """Time the peers in turn, and add the medians over rounds to their rows."""
   turns, seconds = {}, {}
-  for row in rows if rounds else ():
+  for row, _, loop in runs if rounds else ():
     with record_failure(row):
-      turns[row['peer']] = start(work, work.peers[row['peer']], name)
+      turns[row['peer']] = start(work, work.peers[row['peer']], name, loop)
       seconds[row['peer']] = []
   order, rng = list(turns), random.Random(0)
   for _ in range(rounds):
     rng.shuffle(order)
     for peer in order:
       seconds[peer].append(turns[peer]())
-  for row in rows:
+  for row, *_ in runs:
     if row['peer'] in seconds:
       mine, ours = seconds[row['peer']], seconds.get('default', ())
       row['ms'] = statistics.median(mine) * 1e3
@@ -253,16 +262,30 @@ def measure_times(work, name, rows, rounds):
         )
 
 
-def start(work, peer, name):
+def carried(arrays, name):
+  """The loop's carry: (first input, gradients of the inputs or ())."""
+  inputs, *_ = arrays
+  return inputs[0], inputs if name == 'gradient' else ()
+
+
+def compile_repeated(work, row):
+  with record_failure(row):
+    peer, name = work.peers[row['peer']], row['pass']
+    shapes = jax.eval_shape(functools.partial(work.arrays, peer))
+    inputs, given, cotangent = shapes
+    loop = jax.jit(work.repeated(peer, name), donate_argnums=0)
+    return loop.lower(
+      carried(shapes, name), inputs[1:], given, cotangent
+    ).compile()
+
+
+def start(work, peer, name, repeated):
   """Make a function that takes one turn of a peer.
 
   It returns the seconds per repetition.
   """
-  inputs, given, cotangent = work.arrays(peer)
-  repeated = jax.jit(work.repeated(peer, name), donate_argnums=0)
-  # Gradients have the inputs' shapes; copy the inputs because they are donated.
-  carry = inputs[0], inputs if name == 'gradient' else ()
-  carry = jax.tree.map(jnp.copy, carry)
+  inputs, given, cotangent = arrays = work.arrays(peer)
+  carry = jax.tree.map(jnp.copy, carried(arrays, name))  # it is donated
 
   def run(times):
     nonlocal carry
@@ -272,7 +295,7 @@ def start(work, peer, name):
     jax.block_until_ready(carry)
     return time.perf_counter() - begin
 
-  run(1)  # warm-up: compiles the program
+  run(1)  # warm-up
   times = math.ceil(_TURN / run(1))
   return lambda: run(times) / (times * work.repeats)
 
@@ -312,6 +335,7 @@ def parse():
     '--quick', action='store_true', help='three workloads, 5 rounds'
   )
   parser.add_argument('--rounds', type=int, help='default: 11')
+  parser.add_argument('--peers', type=lambda x: x.split(','), help='see above')
   parser.add_argument(
     '--check', action='store_true', help='check results without timing'
   )

@@ -13,8 +13,12 @@ _GPUS = sorted(path.stem for path in _FOLDER.glob('*.txtpb'))
 _GPUS_A_HOST = 8
 # GiB available to programs per device, as libtpu's compiler reports it.
 _TPUS = {'tpu7x': 94.75, 'v5e': 15.75, 'v5p': 95.74, 'v6e': 31.25}
-# Autotuning would have to run programs.
-_GPU_OPTIONS = {'xla_gpu_autotune_level': 0}
+# Autotuning would have to run programs. Without it, cuBLAS is the better guess
+# for matrix products, and XLA's Triton backend has no default for some.
+_GPU_OPTIONS = {
+  'xla_gpu_autotune_level': 0,
+  'xla_gpu_enable_triton_gemm': False,
+}
 # Variables that libtpu expects on a TPU host; other processes may load it too.
 _TPU_SETTINGS = {
   'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',

@@ -13,7 +13,7 @@ from attention.ops import biases
 from attention.ops.arguments import check
 from attention.ops.implementations import reference
 from attention.ops.implementations.dispatch import dispatch
-from attention.ops.implementations.fused import Tpu, Triton
+from attention.ops.implementations.fused import Tpu, Triton, gpu, operands
 from attention.ops.implementations.fused.tile import dot
 from attention.ops.platforms import default_platform
 
@@ -145,6 +145,19 @@ def test_outputs_and_gradients_match_the_reference(case, kind, assert_close):
   scale = max(scales.get(part, 1) for part in case.split('+'))
   for x, y in zip(got, expected, strict=True):
     assert_close(x, y, scale=scale)
+
+
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float32'])
+@pytest.mark.parametrize('size', [8, 64, 128, 256])
+def test_stages_fit_into_the_shared_memory_of_small_gpus(size, dtype):
+  qkv = [jnp.zeros((1, 128, 2, size), dtype)] * 3
+  checked = check(*qkv, bias=jnp.zeros((2, 128, 128)))
+  shape, arrays = operands.prepare(*checked)
+  for kernel in ('forward', 'query', 'key', 'bias'):
+    launch = gpu.Launch.choose(kernel, shape, arrays, Triton())
+    tile = launch.queries * launch.keys * 4 * (kernel != 'bias')
+    rows = min(launch.queries, launch.keys) * size * qkv[0].dtype.itemsize
+    assert launch.stages == 1 or launch.stages * (tile + rows) < 99 * 2**10
 
 
 @pytest.mark.parametrize('kind', KINDS)

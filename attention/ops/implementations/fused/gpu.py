@@ -1,7 +1,7 @@
 """Pallas Triton kernels for NVIDIA GPUs.
 
 Each program computes a query block, or a key block, of one head and batch row.
-It loops over the blocks of the other axis that are not fully masked.
+It loops over the launch of the other axis that are not fully masked.
 Exponentials and logarithms are base 2, as in hardware.
 """
 
@@ -32,40 +32,85 @@ from attention.ops.implementations.fused.gpu_tiles import (
 from attention.ops.implementations.fused.operands import (
   LOG2E,
   Distances,
+  PerRow,
   Shape,
 )
 from attention.ops.implementations.fused.tile import dot
 from attention.ops.masks import LEAST
 
-_MIN_PROGRAMS = 256  # to fill a GPU: two per multiprocessor
+_MIN_PROGRAMS = 600  # to fill a GPU: four per multiprocessor, or more
 _MAX_PARTS = 16  # that a bias gradient is split into
+_SHARED_MEMORY = 96 * 2**10  # bytes; the smallest GPUs have 99 KiB
 
 
 @dataclasses.dataclass(frozen=True)
-class Blocks:
-  """Block sizes of a kernel, and its warps and pipeline stages."""
+class Launch:
+  """Block sizes, warps and pipeline stages of a kernel; whether interpreted."""
 
   queries: int
   keys: int
   warps: int = 4
   stages: int = 2
+  interpret: bool = False
 
   @classmethod
-  def choose(cls, shape: Shape, itemsize: int, is_forward: bool) -> 'Blocks':
-    """Choose sizes that fit in shared memory, by the bytes per head."""
-    size = (
-      max(_next_power(shape.key_size), _next_power(shape.value_size)) * itemsize
-    )
-    if is_forward:
-      sizes = {128: (128, 64, 4, 3), 256: (128, 64, 8, 2), 512: (64, 32, 4, 2)}
-    else:
-      sizes = {128: (64, 64, 4, 2), 256: (64, 64, 8, 2), 512: (32, 32, 4, 2)}
-    fallback = (32, 32, 8, 1) if is_forward else (16, 32, 8, 1)
-    fits = [sizes[limit] for limit in sizes if size <= limit]
-    queries, keys, warps, stages = fits[0] if fits else fallback
+  def choose(cls, kernel: str, shape: Shape, arrays, settings) -> 'Launch':
+    """Choose by the bytes of a position in one head; see `_LAUNCHES`."""
+    query, *_, options = arrays[:4]
+    channels = _next_power(max(shape.key_size, shape.value_size))
+    size = channels * query.dtype.itemsize
+    sizes = _LAUNCHES[kernel]
+    limit = min(limit for limit in sizes if size <= limit)
+    queries, keys, warps, stages = sizes[limit]
     queries = min(queries, _next_power(shape.num_query))
     keys = min(keys, _next_power(shape.num_key))
-    return cls(queries, keys, warps, stages)
+    # Shared memory: what a program keeps, and what each stage loads.
+    kept, loaded = {
+      'forward': (queries, 2 * keys),
+      'query': (2 * queries, 2 * keys),
+      'key': (2 * keys, 2 * queries),
+      'bias': (0, 2 * (queries + keys)),
+    }[kernel]
+    loaded *= size
+    if kernel != 'bias' and isinstance(options.bias, PerRow):
+      loaded += queries * keys * options.bias.array.dtype.itemsize
+    stages = max(1, min(stages, (_SHARED_MEMORY - kept * size) // loaded))
+    return cls(queries, keys, warps, stages, settings.interpret)
+
+
+# (queries, keys, warps, stages) by kernel and by the largest number of bytes
+# per position and head. The first three sizes are the fastest of those tried on
+# an H200, in bfloat16: 64 with a pair bias, 128 and 256 with a causal mask.
+_LAUNCHES = {
+  'forward': {
+    64: (128, 32, 4, 4),
+    128: (64, 64, 4, 3),
+    256: (64, 64, 4, 2),
+    512: (64, 32, 4, 2),
+    1024: (32, 32, 8, 1),
+  },
+  'query': {
+    64: (64, 32, 4, 2),
+    128: (64, 32, 4, 3),
+    256: (64, 64, 4, 2),
+    512: (32, 32, 4, 2),
+    1024: (16, 32, 8, 1),
+  },
+  'key': {
+    64: (64, 64, 4, 1),
+    128: (64, 64, 4, 2),
+    256: (32, 64, 4, 3),
+    512: (32, 32, 4, 2),
+    1024: (16, 32, 8, 1),
+  },
+  'bias': {
+    64: (64, 64, 4, 3),
+    128: (64, 64, 4, 2),
+    256: (64, 64, 8, 2),
+    512: (32, 32, 4, 2),
+    1024: (16, 32, 8, 1),
+  },
+}
 
 
 def _next_power(n):
@@ -76,23 +121,26 @@ def _next_power(n):
 def forward(settings, query, key, value, options):
   """(output, largest logit, log of the denominator above it), both base 2."""
   shape, arrays = operands.prepare(query, key, value, options)
-  blocks = Blocks.choose(shape, query.dtype.itemsize, is_forward=True)
-  stats = jax.ShapeDtypeStruct(
-    (shape.rows, shape.num_query, shape.heads), jnp.float32
+  launch = Launch.choose('forward', shape, arrays, settings)
+  output = jax.ShapeDtypeStruct(
+    (shape.rows, shape.num_query, shape.heads, shape.value_size), query.dtype
   )
-  output = jax.ShapeDtypeStruct((*stats.shape, shape.value_size), query.dtype)
-  limits = operands.limits(shape, arrays[3], blocks.queries, blocks.keys, 0)
-  grid = (pl.cdiv(shape.num_query, blocks.queries), shape.heads, shape.rows)
-  results = _call(
-    functools.partial(_forward_kernel, shape, blocks),
-    settings,
-    blocks,
-    grid,
+  stats = jax.ShapeDtypeStruct(
+    (shape.rows, shape.heads, shape.num_query), jnp.float32
+  )
+  limits = operands.limits(shape, arrays[3], launch.queries, launch.keys, 0)
+  output, *stats = _call(
+    functools.partial(_forward_kernel, shape, launch),
+    launch,
+    (pl.cdiv(shape.num_query, launch.queries), shape.heads, shape.rows),
     (output, stats, stats),
     (*arrays, limits),
   )
   lead = query.shape[:-1]
-  return [x.reshape(*lead, *x.shape[3:]) for x in results]
+  return [
+    output.reshape(*lead, -1),
+    *(x.swapaxes(1, 2).reshape(lead) for x in stats),
+  ]
 
 
 def backward(
@@ -100,21 +148,12 @@ def backward(
 ):
   """Gradients of query, key, value and options."""
   shape, arrays = operands.prepare(query, key, value, options)
-  blocks = Blocks.choose(shape, query.dtype.itemsize, is_forward=False)
-  flat = (shape.rows, shape.num_query, shape.heads)
   # Each query's Σ weight · d_weight, from its output (Dao et al. 2022).
   delta = (d_output.astype(jnp.float32) * output.astype(jnp.float32)).sum(-1)
-  top, log_total, delta = (x.reshape(flat) for x in (top, log_total, delta))
-  d_output = d_output.reshape(*flat, -1)
-  arrays = (*arrays, (d_output, top, log_total, delta))
-  run = functools.partial(_gradients, shape, blocks, settings, arrays)
-  (dq,) = run(
-    _query_kernel, 0, (shape.num_query, blocks.queries), shape.heads, arrays[:1]
-  )
-  dk, dv = run(
-    _key_kernel, 1, (shape.num_key, blocks.keys), shape.groups, arrays[1:3]
-  )
-  d_bias = _bias_gradient(settings, shape, blocks, options, arrays)
+  arrays = (*arrays, _saved(shape, d_output, top, log_total, delta))
+  (dq,) = query_gradient(settings, shape, arrays)
+  dk, dv = key_gradients(settings, shape, arrays)
+  d_bias = bias_gradient(settings, shape, arrays, options.bias)
   d_sinks = operands.sinks_gradient(options, top, log_total, delta)
   return (
     dq.reshape(query.shape),
@@ -124,54 +163,78 @@ def backward(
   )
 
 
-def _gradients(
-  shape, blocks, settings, arrays, kernel, axis, extent, heads, likes
-):
-  """Gradients of the arrays `likes`, with a program per block of positions."""
-  limits = operands.limits(shape, arrays[3], blocks.queries, blocks.keys, axis)
-  return _call(
-    functools.partial(kernel, shape, blocks),
-    settings,
-    blocks,
-    (pl.cdiv(*extent), heads, shape.rows),
-    tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in likes),
-    (*arrays, limits),
+def _saved(shape, d_output, *stats):
+  """d_output [rows, q, h, e], and statistics [rows, h, q] for fast loads."""
+  flat = shape.rows, shape.num_query, shape.heads
+  stats = (x.reshape(flat).swapaxes(1, 2) for x in stats)
+  return (d_output.reshape(*flat, -1), *stats)
+
+
+def query_gradient(settings, shape, arrays):
+  """The query's gradient, with a program per query block."""
+  launch = Launch.choose('query', shape, arrays, settings)
+  return _gradients(
+    functools.partial(_query_kernel, shape, launch),
+    launch,
+    (pl.cdiv(shape.num_query, launch.queries), shape.heads, shape.rows),
+    arrays[:1],
+    (
+      *arrays,
+      operands.limits(shape, arrays[3], launch.queries, launch.keys, 0),
+    ),
   )
 
 
-def _bias_gradient(settings, shape, blocks, options, arrays):
-  """The bias's gradient in the bias's shape, or None without a bias."""
-  bias = arrays[3].bias
-  if bias is None:
+def key_gradients(settings, shape, arrays):
+  """Gradients of key and value, with a program per key block."""
+  launch = Launch.choose('key', shape, arrays, settings)
+  return _gradients(
+    functools.partial(_key_kernel, shape, launch),
+    launch,
+    (pl.cdiv(shape.num_key, launch.keys), shape.groups, shape.rows),
+    arrays[1:3],
+    (
+      *arrays,
+      operands.limits(shape, arrays[3], launch.queries, launch.keys, 1),
+    ),
+  )
+
+
+def _gradients(kernel, launch, grid, likes, arrays):
+  """Gradients of the arrays `likes`."""
+  outputs = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in likes)
+  return _call(kernel, launch, grid, outputs, arrays)
+
+
+def bias_gradient(settings, shape, arrays, bias):
+  """The gradient of the options' bias, or None without a bias."""
+  operand, conditions = arrays[3].bias, arrays[3].conditions
+  if operand is None:
     return None
-  if isinstance(bias, Distances):
-    side = min(blocks.queries, blocks.keys)
-    reduction = DistanceReduction.create(
-      shape, bias, arrays[3].conditions, side, side
-    )
+  launch = Launch.choose('bias', shape, arrays, settings)
+  if isinstance(operand, Distances):
+    side = min(launch.queries, launch.keys)
+    launch = dataclasses.replace(launch, queries=side, keys=side)
+    reduction = DistanceReduction.create(shape, operand, conditions, side, side)
   else:
     reduction = ArrayReduction.create(
-      shape, bias, arrays[3].conditions, blocks.queries, blocks.keys
+      shape, operand, conditions, launch.queries, launch.keys
     )
-  blocks = dataclasses.replace(
-    blocks, queries=reduction.queries, keys=reduction.keys
-  )
   parts = min(
     reduction.steps, _MAX_PARTS, -(-_MIN_PROGRAMS // math.prod(reduction.grid))
   )
   like = jax.ShapeDtypeStruct((parts, *reduction.output_shape), jnp.float32)
   (total,) = _call(
-    functools.partial(_bias_kernel, shape, reduction, parts),
-    settings,
-    blocks,
+    functools.partial(_bias_kernel, shape, launch, reduction, parts),
+    launch,
     (*reduction.grid, parts),
     (like,),
     arrays,
   )
-  return reduction.finish(total.sum(0), options.bias)
+  return reduction.finish(total.sum(0), bias)
 
 
-def _call(kernel, settings, blocks, grid, outputs, arrays):
+def _call(kernel, launch, grid, outputs, arrays):
   """Run kernel(grid indices, input references, output references)."""
   leaves, tree = jax.tree.flatten(arrays)
 
@@ -189,9 +252,9 @@ def _call(kernel, settings, blocks, grid, outputs, arrays):
     grid=(math.prod(grid),),
     out_shape=outputs,
     compiler_params=triton.CompilerParams(
-      num_warps=blocks.warps, num_stages=blocks.stages
+      num_warps=launch.warps, num_stages=launch.stages
     ),
-    interpret=settings.interpret,
+    interpret=launch.interpret,
     name='attention' + kernel.func.__name__,
   )(*leaves)
 
@@ -204,37 +267,47 @@ def _fold(step, carry, spans):
   return carry
 
 
-def _forward_kernel(shape, blocks, place, inputs, outputs):
+def _tiles(shape, options, launch):
+  """Make (row, head, queries, keys, is_whole) -> `GpuTile`."""
+  return functools.partial(GpuTile, shape, options, interpret=launch.interpret)
+
+
+def _last_first(shape, launch, place):
+  """Reverse the query blocks: causal masks leave most to the last ones."""
+  block, *rest = place
+  return pl.cdiv(shape.num_query, launch.queries) - 1 - block, *rest
+
+
+def _forward_kernel(shape, launch, place, inputs, outputs):
   """The online softmax of a query block (Dao et al. 2022)."""
-  block, head, row = place
+  block, head, row = _last_first(shape, launch, place)
   query_ref, key_ref, value_ref, options, limits = inputs
+  tile_at = _tiles(shape, options, launch)
   output_ref, top_ref, log_total_ref = outputs
-  queries = block * blocks.queries + jnp.arange(blocks.queries)
-  query = load(query_ref, row, queries, head, blocks.queries)
+  queries = block * launch.queries + jnp.arange(launch.queries)
+  query = load(query_ref, row, queries, head, launch.queries)
   group = lax.div(head, shape.shared)
 
   def step(is_whole, number, carry):
     top, total, values = carry
-    keys = number * blocks.keys + jnp.arange(blocks.keys)
-    key = load(key_ref, row, keys, group, blocks.keys)
-    tile = GpuTile(
-      shape, options, row, head, queries[:, None], keys[None], is_whole
-    )
+    keys = number * launch.keys + jnp.arange(launch.keys)
+    key = load(key_ref, row, keys, group, launch.keys)
+    tile = tile_at(row, head, queries[:, None], keys[None], is_whole)
     x, _ = tile.logits(dot(query, key, (1, 1)))
     new_top = jnp.maximum(top, x.max(1))
     shrink = jnp.exp2(top - new_top)
-    weights = jnp.exp2(x - new_top[:, None])
+    weights = tile.exp2(x - new_top[:, None])
     total = total * shrink + weights.sum(1)
-    value = load(value_ref, row, keys, group, blocks.keys)
+    value = load(value_ref, row, keys, group, launch.keys)
     weights = tile.drop(weights).astype(value.dtype)
     values = values * shrink[:, None] + dot(weights, value, (1, 0))
     return new_top, total, values
 
-  top = jnp.full((blocks.queries,), LEAST * LOG2E, jnp.float32)
+  top = jnp.full((launch.queries,), LEAST * LOG2E, jnp.float32)
   values = jnp.zeros(
-    (blocks.queries, _next_power(shape.value_size)), jnp.float32
+    (launch.queries, _next_power(shape.value_size)), jnp.float32
   )
-  spans = key_spans(shape, options, limits, blocks, row, head, block)
+  spans = key_spans(shape, options, limits, launch, row, head, block)
   carry = (top, jnp.zeros_like(top), values)
   top, total, values = _fold(step, carry, spans)
   if options.sinks is not None:
@@ -243,14 +316,14 @@ def _forward_kernel(shape, blocks, place, inputs, outputs):
   # An infinite denominator zeroes the weights of fully masked rows in both
   # passes.
   total = jnp.where(total > 0, total, jnp.inf)
-  store(output_ref, values / total[:, None], row, queries, head, blocks.queries)
+  store(output_ref, values / total[:, None], row, queries, head, launch.queries)
   for ref, x in ((top_ref, top), (log_total_ref, jnp.log2(total))):
     mask = (
       None
-      if shape.num_query % blocks.queries == 0
+      if shape.num_query % launch.queries == 0
       else (queries < shape.num_query)
     )
-    triton.store(ref.at[row, queries, head], x, mask=mask)
+    triton.store(ref.at[row, head, queries], x, mask=mask)
 
 
 def _load_saved(saved, row, queries, head, block):
@@ -265,58 +338,62 @@ def _load_saved(saved, row, queries, head, block):
   )
 
 
-def _query_kernel(shape, blocks, place, inputs, outputs):
+def _logits_gradient(tile, x, d_weights, top, log_total, delta):
+  """weight · (d_weight - delta), with one operation less per logit."""
+  share = jnp.exp2(-log_total)
+  rest = tile.multiply_add(d_weights, share[:, None], -(delta * share)[:, None])
+  return tile.exp2(x - top[:, None]) * rest
+
+
+def _query_kernel(shape, launch, place, inputs, outputs):
   """The gradient of a query block."""
-  block, head, row = place
+  block, head, row = _last_first(shape, launch, place)
   query_ref, key_ref, value_ref, options, saved, limits = inputs
-  queries = block * blocks.queries + jnp.arange(blocks.queries)
-  query = load(query_ref, row, queries, head, blocks.queries)
+  tile_at = _tiles(shape, options, launch)
+  queries = block * launch.queries + jnp.arange(launch.queries)
+  query = load(query_ref, row, queries, head, launch.queries)
   d_output, top, log_total, delta = _load_saved(
-    saved, row, queries, head, blocks.queries
+    saved, row, queries, head, launch.queries
   )
   group = lax.div(head, shape.shared)
 
   def step(is_whole, number, total):
-    keys = number * blocks.keys + jnp.arange(blocks.keys)
-    key = load(key_ref, row, keys, group, blocks.keys)
-    value = load(value_ref, row, keys, group, blocks.keys)
-    tile = GpuTile(
-      shape, options, row, head, queries[:, None], keys[None], is_whole
-    )
+    keys = number * launch.keys + jnp.arange(launch.keys)
+    key = load(key_ref, row, keys, group, launch.keys)
+    value = load(value_ref, row, keys, group, launch.keys)
+    tile = tile_at(row, head, queries[:, None], keys[None], is_whole)
     x, slope = tile.logits(dot(query, key, (1, 1)))
-    weights = jnp.exp2(x - top[:, None] - log_total[:, None])
     d_weights = tile.drop(dot(d_output, value, (1, 1)))
-    d_logits = weights * (d_weights - delta[:, None])
+    d_logits = _logits_gradient(tile, x, d_weights, top, log_total, delta)
     if slope is not None:
       d_logits = d_logits * slope
     return total + dot(d_logits.astype(key.dtype), key, (1, 0))
 
-  total = jnp.zeros((blocks.queries, _next_power(shape.key_size)), jnp.float32)
-  spans = key_spans(shape, options, limits, blocks, row, head, block)
+  total = jnp.zeros((launch.queries, _next_power(shape.key_size)), jnp.float32)
+  spans = key_spans(shape, options, limits, launch, row, head, block)
   total = _fold(step, total, spans) * options.scale
-  store(outputs[0], total, row, queries, head, blocks.queries)
+  store(outputs[0], total, row, queries, head, launch.queries)
 
 
-def _key_kernel(shape, blocks, place, inputs, outputs):
+def _key_kernel(shape, launch, place, inputs, outputs):
   """Gradients of a key and value block, over the query heads that share it."""
   block, group, row = place
   query_ref, key_ref, value_ref, options, saved, limits = inputs
-  keys = block * blocks.keys + jnp.arange(blocks.keys)
-  key = load(key_ref, row, keys, group, blocks.keys)
-  value = load(value_ref, row, keys, group, blocks.keys)
+  tile_at = _tiles(shape, options, launch)
+  keys = block * launch.keys + jnp.arange(launch.keys)
+  key = load(key_ref, row, keys, group, launch.keys)
+  value = load(value_ref, row, keys, group, launch.keys)
 
   def step(head, is_whole, number, carry):
     dk, dv = carry
-    queries = number * blocks.queries + jnp.arange(blocks.queries)
-    query = load(query_ref, row, queries, head, blocks.queries)
+    queries = number * launch.queries + jnp.arange(launch.queries)
+    query = load(query_ref, row, queries, head, launch.queries)
     d_output, top, log_total, delta = _load_saved(
-      saved, row, queries, head, blocks.queries
+      saved, row, queries, head, launch.queries
     )
-    tile = GpuTile(
-      shape, options, row, head, queries[None], keys[:, None], is_whole
-    )
+    tile = tile_at(row, head, queries[None], keys[:, None], is_whole)
     x, slope = tile.logits(dot(key, query, (1, 1)))
-    weights = jnp.exp2(x - top[None] - log_total[None])
+    weights = tile.exp2(x - top[None] - log_total[None])
     used = tile.drop(weights).astype(d_output.dtype)
     dv = dv + dot(used, d_output, (1, 0))
     d_weights = tile.drop(dot(value, d_output, (1, 1)))
@@ -327,25 +404,26 @@ def _key_kernel(shape, blocks, place, inputs, outputs):
 
   def head_step(number, carry):
     head = group * shape.shared + number
-    spans = query_spans(shape, options, limits, blocks, row, head, block)
+    spans = query_spans(shape, options, limits, launch, row, head, block)
     return _fold(functools.partial(step, head), carry, spans)
 
   carry = tuple(
-    jnp.zeros((blocks.keys, _next_power(size)), jnp.float32)
+    jnp.zeros((launch.keys, _next_power(size)), jnp.float32)
     for size in (shape.key_size, shape.value_size)
   )
   if shape.shared == 1:
     dk, dv = head_step(0, carry)
   else:
     dk, dv = lax.fori_loop(0, shape.shared, head_step, carry)
-  store(outputs[0], dk * options.scale, row, keys, group, blocks.keys)
-  store(outputs[1], dv, row, keys, group, blocks.keys)
+  store(outputs[0], dk * options.scale, row, keys, group, launch.keys)
+  store(outputs[1], dv, row, keys, group, launch.keys)
 
 
-def _bias_kernel(shape, reduction, parts, place, inputs, outputs):
+def _bias_kernel(shape, launch, reduction, parts, place, inputs, outputs):
   """A tile of the bias gradient, reduced over all that share it."""
   *place, part = place
   query_ref, key_ref, value_ref, options, saved = inputs
+  tile_at = _tiles(shape, options, launch)
 
   def step(number, total):
     row, head, query_block, key_block = reduction.at(place, number)
@@ -358,13 +436,10 @@ def _bias_kernel(shape, reduction, parts, place, inputs, outputs):
     d_output, top, log_total, delta = _load_saved(
       saved, row, queries, head, reduction.queries
     )
-    tile = GpuTile(
-      shape, options, row, head, queries[:, None], keys[None], False
-    )
+    tile = tile_at(row, head, queries[:, None], keys[None], False)
     x, _ = tile.logits(dot(query, key, (1, 1)))
-    weights = jnp.exp2(x - top[:, None] - log_total[:, None])
     d_weights = tile.drop(dot(d_output, value, (1, 1)))
-    return total + weights * (d_weights - delta[:, None])
+    return total + _logits_gradient(tile, x, d_weights, top, log_total, delta)
 
   steps = reduction.count(place)
   each = lax.div(steps + parts - 1, parts)

@@ -1,5 +1,6 @@
 """Loads and stores of GPU kernels, and the blocks that masks leave."""
 
+import dataclasses
 import math
 
 import jax
@@ -7,10 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import triton
 
-from attention.ops.implementations.fused.operands import (
-  is_band_mask,
-  is_per_row,
-)
+from attention.ops.implementations.fused.operands import is_per_row
 from attention.ops.implementations.fused.tile import Tile, combine
 from attention.ops.masks import Dense, Segments
 
@@ -44,9 +42,22 @@ def store(ref, value, row, positions, head, block):
 
 
 def load_scalars(ref, row, positions, head, block, other):
-  """Load [block] of [rows, length, heads], padded with `other`."""
-  mask = None if ref.shape[1] % block == 0 else positions < ref.shape[1]
-  return _load(ref.at[row, positions, head], mask, other)
+  """Load [block] of [rows, heads, length], padded with `other`."""
+  mask = None if ref.shape[2] % block == 0 else positions < ref.shape[2]
+  return _load(ref.at[row, head, positions], mask, other)
+
+
+def _instruction(asm, *args):
+  """Apply a machine instruction to float32 arrays of one shape."""
+  args = [jnp.asarray(x, jnp.float32) for x in args]
+  (result,) = triton.elementwise_inline_asm(
+    asm,
+    args=args,
+    constraints='=f' + ',f' * len(args),
+    pack=1,
+    result_shape_dtypes=[jax.ShapeDtypeStruct(args[0].shape, jnp.float32)],
+  )
+  return result
 
 
 def _at_row(condition, row):
@@ -54,8 +65,27 @@ def _at_row(condition, row):
   return jax.tree.map(lambda x: x.at(row)[...], condition, is_leaf=is_per_row)
 
 
+@dataclasses.dataclass(frozen=True)
 class GpuTile(Tile):
-  """A tile that loads its entries of bias and mask arrays."""
+  """A tile that loads its entries of bias and mask arrays.
+
+  It uses machine instructions where Triton would not: XLA forbids it to fuse a
+  product and a sum, and its base-2 exponential spends three more instructions
+  on denormal results.
+  """
+
+  interpret: bool = False  # without machine instructions
+
+  def multiply_add(self, x, y, z):
+    if self.interpret:
+      return super().multiply_add(x, y, z)
+    y, z = (jnp.broadcast_to(a, x.shape) for a in (y, z))
+    return _instruction('fma.rn.f32 $0, $1, $2, $3;', x, y, z)
+
+  def exp2(self, x):
+    if self.interpret:
+      return jnp.exp2(x)
+    return _instruction('ex2.approx.ftz.f32 $0, $1;', x)
 
   def distances(self, bias):
     shape = self.shape
@@ -68,10 +98,17 @@ class GpuTile(Tile):
 
   def entries(self, array):
     *_, num_query, num_key = array.array.shape
-    place = array.at(self.row, self.head, self.queries, self.keys)
+    queries, keys = self.queries, self.keys
+    is_transposed = keys.shape[1] == 1 and num_query > 1 and num_key > 1
+    mask = self._inside(num_query > 1, num_key > 1)
+    if is_transposed:  # read whole cache lines, along keys
+      queries, keys = queries.T, keys.T
+      mask = None if mask is None else mask.T
+    place = array.at(self.row, self.head, queries, keys)
     if num_query == 1 and num_key == 1:
       return place[...]
-    return _load(place, self._inside(num_query > 1, num_key > 1))
+    entries = _load(place, mask)
+    return entries.T if is_transposed else entries
 
   def ids(self, condition):
     of_queries = condition.query_ids.at(self.row, self.queries)
@@ -145,11 +182,11 @@ def _spans(options, ranges, limits, size_and_length, place, first, last):
     ]
     begin = jnp.maximum(begin, pair[0])
     end = jnp.minimum(end, pair[1] + 1)
-  if not is_band_mask(options):
+  if any(isinstance(c, Segments | Dense) for c in options.conditions):
     return [(begin, end, False)]
   full = length // size
-  # A position in the ranges of both `first` and `last` is in the range of every
-  # position between them.
+  # The other conditions allow intervals whose bounds never decrease or never
+  # increase: what both `first` and `last` allow, all positions between allow.
   least, most = _range(ranges, last, first, length)
   whole = begin
   if options.conditions:

@@ -14,7 +14,7 @@ from jax import lax
 
 from attention.ops import batching
 from attention.ops.biases import Relative
-from attention.ops.masks import Band, Dense, Segments
+from attention.ops.masks import Dense, Segments
 
 LOG2E = math.log2(math.e)
 
@@ -219,11 +219,6 @@ def _any_in_blocks(x, size, axis):
   x = jnp.pad(x, pad)
   shape = (*x.shape[:axis], -1, size, *x.shape[axis + 1 :])
   return x.reshape(shape).any(axis + 1)
-
-
-def is_band_mask(operands) -> bool:
-  """Whether the mask is an intersection of bands, without holes."""
-  return all(isinstance(c, Band) for c in operands.conditions)
 
 
 def sinks_gradient(options, top, log_total, delta):

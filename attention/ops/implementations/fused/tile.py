@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from attention.ops.implementations.fused.operands import LOG2E, Distances
-from attention.ops.masks import LEAST, MASKED, Dense, Segments
+from attention.ops.masks import MASKED, Dense, Segments
 
 
 def combine(one, two):
@@ -49,23 +49,22 @@ class Tile:
   def logits(self, products):
     """(base-2 logits, d capped / d uncapped or None), both float32."""
     options, slope = self.options, None
-    if options.logit_cap is None:
-      x = products * (options.scale * LOG2E)
+    factor = options.scale
+    if options.logit_cap is not None:
+      products = jnp.tanh(products * (options.scale / options.logit_cap))
+      slope = 1 - products * products
+      factor = options.logit_cap
+    if options.bias is None:
+      x = products * (factor * LOG2E)
     else:
-      x = jnp.tanh(products * (options.scale / options.logit_cap))
-      slope = 1 - x * x
-      x = x * (options.logit_cap * LOG2E)
-    if options.bias is not None:
       bias = options.bias
       is_distances = isinstance(bias, Distances)
       entries = self.distances(bias) if is_distances else self.entries(bias)
-      x = x + entries.astype(jnp.float32) * LOG2E
+      entries = entries.astype(jnp.float32) * LOG2E
+      x = self.multiply_add(products, factor * LOG2E, entries)
     allowed = None if self.is_whole else self._allowed()
     if allowed is not None:
       x = jnp.where(allowed, x, MASKED * LOG2E)
-    if options.bias is not None:
-      # Very low biases mask too: zero gradients, and no NaN from -inf.
-      x = jnp.where(x < LEAST * LOG2E, MASKED * LOG2E, x)
     return x, slope
 
   def drop(self, weights):
@@ -94,6 +93,10 @@ class Tile:
     if self.shape.num_key % self.keys.size:
       allowed = combine(allowed, self.keys < self.shape.num_key)
     return allowed
+
+  def multiply_add(self, x, y, z):
+    """x · y + z, where `y` and `z` broadcast to `x`."""
+    return x * y + z
 
   def entries(self, array):
     """The tile's entries of an array [rows', h', q', k']; size-1 axes stay."""
