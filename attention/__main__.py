@@ -1,6 +1,6 @@
 """Use trained models, estimate a config's cost, and check the installation.
 
-Commands: sample, translate, evaluate, plot, inspect, doctor.
+Commands: sample, translate, evaluate, contacts, plot, inspect, doctor.
 """
 
 import argparse
@@ -13,7 +13,8 @@ import jax.numpy as jnp
 
 import attention
 from attention import plots
-from attention.data import translation
+from attention.data import contacts as contact_maps
+from attention.data import structures, translation
 from attention.ops.platforms import PLATFORMS
 from attention.training import command_line, tasks, trained, translate_lines
 from attention.training.devices import catalogue, report
@@ -95,6 +96,40 @@ def evaluate(arguments) -> int:
     print(f'{name}: {len(sources):,} pairs')
     for line in task.report(params, sources, targets, arguments.beam_size):
       print(f'  {line}', flush=True)
+  return 0
+
+
+def contacts(arguments) -> int:
+  """Rank the contacts that a run has found, and compare them to a structure."""
+  set_up_jax()
+  workdir = pathlib.Path(arguments.workdir)
+  config = run_files.load_config(workdir)
+  if config.task != 'contacts':
+    raise ValueError(
+      f"{workdir}: expected a run of task 'contacts', got one of "
+      f'{config.task!r}'
+    )
+  task = tasks.create(config, run_files.load_data(workdir))
+  known, alignment = task.alignment.contacts, task.alignment
+  if arguments.structure:
+    known = contact_maps.of_distances(
+      structures.distances(
+        arguments.structure, arguments.chain, alignment.query
+      )
+    )
+  scores = task.scores(trained.params(workdir, task))
+  if known is not None:
+    baseline = contact_maps.precisions(task.baseline, known)
+    for name, value in contact_maps.precisions(scores, known).items():
+      print(f'{name} {value:.2f} (mean-field DCA {baseline[name]:.2f})')
+  out = pathlib.Path(arguments.out or workdir / 'contacts.rr')
+  contact_maps.write(out, alignment.query, scores)
+  print(out)
+  path = workdir / 'plots' / 'contacts.png'
+  plots.contact_map(
+    scores, known, path, title=pathlib.Path(alignment.name).name
+  )
+  print(path)
   return 0
 
 
@@ -260,6 +295,21 @@ def _parser():
   add.add_argument('--target', help='file of their translations, line by line')
   _add_beam_size(add)
   add.set_defaults(run=evaluate)
+
+  add = commands.add_parser('contacts', help=contacts.__doc__)
+  add.add_argument('--workdir', required=True, help='folder of the run')
+  add.add_argument(
+    '--structure', default='', help='PDB or mmCIF file to compare to'
+  )
+  add.add_argument(
+    '--chain', default='', help='its chain (default: the only one)'
+  )
+  add.add_argument(
+    '--out',
+    help="file for the ranked pairs, in CASP's RR format, or CSV if it ends in "
+    ".csv (default: the run's contacts.rr)",
+  )
+  add.set_defaults(run=contacts)
 
   add = commands.add_parser('plot', help=plot.__doc__)
   add.add_argument('--workdir', required=True, help='folder of the run')

@@ -13,7 +13,7 @@ import sysconfig
 import grain
 import numpy as np
 
-from attention.data.language import read_text
+from attention.data.files import read_text
 
 # Special ids, shared by `Words` and `Bytes`.
 PADDING, UNKNOWN = 0, 1

@@ -9,6 +9,7 @@ import sysconfig
 import grain
 import numpy as np
 
+from attention.data.files import read_text
 from attention.data.subwords import Subwords, cut
 from attention.data.vocabularies import Bytes, Characters
 
@@ -165,26 +166,6 @@ def _vocabulary(level, text, vocab_size):
       f'of a tokenizer.json, got {level!r}'
     )
   return levels[level](text)
-
-
-def read_text(path: str) -> str:
-  """Read a UTF-8 text file.
-
-  Raises:
-    ValueError: If the file is empty or not UTF-8 (the message has the byte
-      offset).
-    OSError: If the file cannot be read.
-  """
-  content = pathlib.Path(path).read_bytes()
-  if not content:
-    raise ValueError(f'{path}: the file is empty')
-  try:
-    return content.decode()
-  except UnicodeDecodeError as error:
-    raise ValueError(
-      f'{path}: not UTF-8 at byte {error.start} '
-      f'(0x{content[error.start]:02x}); convert the file to UTF-8'
-    ) from None
 
 
 def standard_library() -> str:

@@ -2,13 +2,12 @@
 
 import dataclasses
 import functools
-import gzip
 import hashlib
-import pathlib
 
 import numpy as np
 
 from attention.data import dates, tones
+from attention.data.files import read_lines
 from attention.data.subwords import Subwords
 from attention.data.vocabularies import (
   END,
@@ -312,35 +311,6 @@ def read_pairs(path: str, target_path: str) -> tuple[list[str], list[str]]:
   if not sources:
     raise ValueError(f'{path}: the file is empty')
   return sources, targets
-
-
-def read_lines(path: str) -> list[str]:
-  """Read the lines of a UTF-8 file, plain or gzip.
-
-  Raises:
-    ValueError: If the file is not UTF-8 (the message has the line number) or is
-      a damaged gzip file.
-    OSError: If the file cannot be read.
-  """
-  content = pathlib.Path(path).read_bytes()
-  if content.startswith(b'\x1f\x8b'):
-    try:
-      content = gzip.decompress(content)
-    except (OSError, EOFError) as error:
-      raise ValueError(f'{path}: damaged gzip file: {error}') from None
-  lines = content.split(b'\n')
-  if not lines[-1]:
-    lines.pop()
-  texts = []
-  for number, line in enumerate(lines, 1):
-    try:
-      texts.append(line.decode().rstrip('\r'))
-    except UnicodeDecodeError as error:
-      raise ValueError(
-        f'{path}: line {number}: not UTF-8 at byte {error.start} '
-        f'(0x{line[error.start]:02x}); convert the file to UTF-8'
-      ) from None
-  return texts
 
 
 def _embedded_dates(count, seed):

@@ -4,15 +4,23 @@ import dataclasses
 
 from attention.models.classifier import Classifier
 from attention.models.gpt import GPT
+from attention.models.pairwise import Pairwise
 from attention.models.translator import Translator
 from attention.modules.fields import check_count, hint
 from attention.modules.multihead import MultiHeadAttention
 
-_MODELS = {'classifier': Classifier, 'gpt': GPT, 'translator': Translator}
+_MODELS = {
+  'classifier': Classifier,
+  'gpt': GPT,
+  'pairwise': Pairwise,
+  'translator': Translator,
+}
 _POSITIVE = (
   'num_layers',
   'num_heads',
   'model_size',
+  'key_size',
+  'length',
   'hidden_size',
   'context_size',
   'vocab_size',
@@ -34,7 +42,7 @@ def create(name: str, **fields):
   such as `window` and `implementation`, and in those of `attention`.
 
   Args:
-    name: 'classifier', 'gpt' or 'translator'.
+    name: 'classifier', 'gpt', 'pairwise' or 'translator'.
     **fields: fields of the model's class.
 
   Raises:

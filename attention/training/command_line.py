@@ -10,7 +10,7 @@ from typing import NamedTuple
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from attention.data.language import read_text
+from attention.data.files import read_text
 from attention.training.training_config import TrainingConfig
 
 # Flags other than --config: default and help text.

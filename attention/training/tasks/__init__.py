@@ -8,12 +8,14 @@ uses its model, `loss_unit` and `example_name`.
 import pathlib
 
 from attention.training.tasks.classification import Classification
+from attention.training.tasks.contacts import Contacts
 from attention.training.tasks.language import Language
 from attention.training.tasks.translation import Translation
 from attention.training.workdir import run_files
 
 _TASKS = {
   'classification': Classification,
+  'contacts': Contacts,
   'language': Language,
   'translation': Translation,
 }

@@ -1,0 +1,98 @@
+"""Plots of contact maps."""
+
+import pathlib
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from attention.plots.patterns import DPI
+
+_RIGHT, _WRONG, _TRUE = '#1f77b4', '#d62728', '0.6'
+
+
+def contact_map(
+  scores,
+  contacts=None,
+  path: pathlib.Path | None = None,
+  *,
+  separation: int = 6,
+  title: str = '',
+) -> Figure:
+  """Plot predicted contacts above the diagonal, and true ones below.
+
+  As many pairs are predicted as there are positions. A predicted pair is blue
+  if it is a contact, red if it is none, and grey if that is not known.
+
+  Args:
+    scores: [l, l], higher for likelier contacts.
+    contacts: [l, l] 1 for contacts, nan for unknown pairs; None: all unknown.
+    path: the output PNG file, if any.
+    separation: least distance along the sequence of the pairs shown.
+    title: title of the figure.
+
+  Returns:
+    The matplotlib `Figure`.
+
+  Raises:
+    ValueError: the shapes differ.
+  """
+  scores = np.asarray(scores)
+  length = len(scores)
+  if contacts is None:
+    contacts = np.full((length, length), np.nan)
+  contacts = np.asarray(contacts, np.float64)
+  if contacts.shape != scores.shape:
+    raise ValueError(
+      f'contacts: expected shape {scores.shape} as scores, got {contacts.shape}'
+    )
+  i, j = np.triu_indices(length, separation)
+  top = np.argsort(-scores[i, j], kind='stable')[:length]
+  i_top, j_top = i[top], j[top]
+  truth = contacts[i_top, j_top]
+
+  figure = Figure(figsize=(6, 6.4), layout='constrained')
+  axes = figure.subplots()
+  size = max(2.0, 300 / length) ** 2 / 2
+  for is_shown, colour, label in (
+    (truth == 1, _RIGHT, 'predicted, a contact'),
+    (truth == 0, _WRONG, 'predicted, no contact'),
+    (np.isnan(truth), '0.4', 'predicted, unknown'),
+  ):
+    if is_shown.any():
+      axes.scatter(
+        j_top[is_shown] + 1,
+        i_top[is_shown] + 1,
+        s=size,
+        marker='s',
+        color=colour,
+        linewidths=0,
+        label=f'{label}: {is_shown.sum()}',
+      )
+  is_true = contacts[i, j] == 1
+  if is_true.any():
+    axes.scatter(
+      i[is_true] + 1,
+      j[is_true] + 1,
+      s=size,
+      marker='s',
+      color=_TRUE,
+      linewidths=0,
+      label=f'true contacts: {is_true.sum()}',
+    )
+  axes.plot([1, length], [1, length], color='0.8', linewidth=0.8, zorder=0)
+  axes.set(
+    xlim=(0.5, length + 0.5),
+    ylim=(length + 0.5, 0.5),
+    aspect='equal',
+    xlabel='position',
+    ylabel='position',
+    title=title,
+  )
+  for axis in (axes.xaxis, axes.yaxis):
+    axis.set_major_locator(MaxNLocator(8, integer=True))
+  figure.legend(loc='outside lower center', ncols=2, frameon=False, fontsize=8)
+  if path is not None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=DPI)
+  return figure
