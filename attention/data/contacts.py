@@ -58,12 +58,14 @@ def coupling_scores(couplings: np.ndarray) -> np.ndarray:
   correction (Dunn et al. 2008; Ekeberg et al. 2013, section II).
 
   Args:
-    couplings: [l, kinds, l, kinds], symmetric; kinds from 20 on are not scored.
+    couplings: [l, kinds, l, kinds]; the two of a pair are averaged, and kinds
+      from 20 on are not scored.
 
   Returns:
     [l, l], with 0 on the diagonal.
   """
   kinds = (1, 3)
+  couplings = (couplings + couplings.transpose(2, 3, 0, 1)) / 2
   couplings = (
     couplings
     - couplings.mean(1, keepdims=True)

@@ -17,9 +17,9 @@ NUM_RESIDUES = 20  # kinds of residues; gaps neither predict nor are predicted
 
 @dataclasses.dataclass(kw_only=True, eq=False)
 class Pairwise(hk.Module):
-  """Logits of each residue, from the couplings to all other residues.
+  """Logits of each residue, from its couplings to all other residues.
 
-  logits[i, a] = bias[i, a] + Σ_j couplings[i, a, j, residue j]
+  logits[i, a] = bias[i, a] + Σ_j couplings[j, residue j, i, a]
 
   'potts' has a free coupling for each pair of positions and of residues
   (Ekeberg et al. 2013). 'factored_attention' is one layer of attention whose
@@ -27,9 +27,10 @@ class Pairwise(hk.Module):
   (Bhattacharya et al. 2021, equation 4):
 
   pattern[h, i, j] = softmax_j(query[i, h] · key[j, h] / √key_size), j ≠ i
-  couplings[i, a, j, b] = Σ_h pattern[h, i, j] value[h, a, b]
+  couplings[j, b, i, a] = Σ_h pattern[h, i, j] value[h, b, a]
 
-  Both are made symmetric, and no residue predicts itself.
+  No residue predicts itself. The two couplings of a pair, one for each
+  direction, are independent (Ekeberg et al. 2014); take their mean.
   """
 
   length: int  # positions of the alignment
@@ -52,18 +53,14 @@ class Pairwise(hk.Module):
       [b, length, 20].
     """
     rows = jax.nn.one_hot(residues, NUM_RESIDUES)
-    couplings = self.couplings()
     bias = hk.get_parameter('bias', rows.shape[1:], init=jnp.zeros)
     size = self.length * NUM_RESIDUES
-    products = rows.reshape(-1, size) @ couplings.reshape(size, size)
+    products = rows.reshape(-1, size) @ self.couplings().reshape(size, size)
     return products.reshape(rows.shape) + bias
 
   def couplings(self) -> Float[Array, 'l a l a']:
-    """Computes the couplings, symmetric and zero within a position."""
-    couplings = self._potts() if self.kind == 'potts' else self._factored()
-    shape = couplings.shape
-    couplings = couplings.reshape(shape[0] * shape[1], -1)
-    return ((couplings + couplings.T) / 2).reshape(shape)
+    """Computes the couplings, zero within a position."""
+    return self._potts() if self.kind == 'potts' else self._factored()
 
   def pattern(self) -> Float[Array, 'h l l']:
     """Computes the attention pattern of factored attention."""
@@ -80,7 +77,7 @@ class Pairwise(hk.Module):
       (self.num_heads, NUM_RESIDUES, NUM_RESIDUES),
       init=hk.initializers.RandomNormal(0.01),
     )
-    return jnp.einsum('hij,hab->iajb', self.pattern(), value)
+    return jnp.einsum('hij,hba->jbia', self.pattern(), value)
 
   def _potts(self):
     shape = (self.length, NUM_RESIDUES) * 2
