@@ -25,8 +25,13 @@ def pytest_configure(config):
     config.add_cleanup(lambda: shutil.rmtree(cache, ignore_errors=True))
     os.environ['JAX_COMPILATION_CACHE_DIR'] = cache
     if jax.__version_info__ < (0, 11):  # later XLA has no other emitters
-      flags = os.environ.get('XLA_FLAGS', '')
-      os.environ['XLA_FLAGS'] = f'{flags} --xla_cpu_use_fusion_emitters=false'
+      # One part a program: there are not the cores to compile more at once.
+      flags = (
+        os.environ.get('XLA_FLAGS', ''),
+        '--xla_cpu_use_fusion_emitters=false',
+        '--xla_cpu_parallel_codegen_split_count=1',
+      )
+      os.environ['XLA_FLAGS'] = ' '.join(flags).strip()
   settings = {
     'jax_disable_most_optimizations': True,
     # Shared by the workers and by runs in processes of their own.
