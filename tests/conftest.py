@@ -67,7 +67,7 @@ def assert_close():
   return check
 
 
-@pytest.fixture
+@pytest.fixture(scope='session')
 def arrays():
   """arrays(shape, …): normal float32 arrays, the same in every test run."""
 

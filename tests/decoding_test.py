@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,6 +8,13 @@ import pytest
 from attention import decoding
 
 V = 7
+_OPTIONS = (
+  'temperature',
+  'top_k',
+  'top_p',
+  'min_p',
+  'repetition_penalty',
+)
 
 
 def _step(tokens, cache):
@@ -14,7 +23,8 @@ def _step(tokens, cache):
   return logits, cache + tokens.shape[1]
 
 
-def _draw(num_tokens=400, seed=0, prompt=((1, 2), (4, 5)), **options):
+@functools.partial(jax.jit, static_argnums=(0, 2), static_argnames=_OPTIONS)
+def _sample(num_tokens, seed, prompt, **options):
   return decoding.sample(
     _step,
     jnp.int32(0),
@@ -23,6 +33,10 @@ def _draw(num_tokens=400, seed=0, prompt=((1, 2), (4, 5)), **options):
     jax.random.key(seed),
     **options,
   )
+
+
+def _draw(num_tokens=400, seed=0, prompt=((1, 2), (4, 5)), **options):
+  return _sample(num_tokens, seed, prompt, **options)
 
 
 @pytest.mark.parametrize('options', [{'temperature': 0.0}, {'top_k': 1}])
@@ -178,8 +192,17 @@ def _markov(tokens, cache):
   )
 
 
+@functools.partial(
+  jax.jit,
+  static_argnames=(
+    'num_tokens',
+    'step',
+    'beam_size',
+    'num_best',
+    'length_penalty',
+  ),
+)
 def _search(prompt, num_tokens=6, step=_markov, **options):
-  prompt = jnp.asarray(prompt)
   cache = jnp.zeros((len(prompt), 9), jnp.int32), jnp.int32(0)
   return decoding.beam_search(step, cache, prompt, num_tokens, end=0, **options)
 
@@ -205,7 +228,11 @@ def _all_sequences(first, num_tokens, alpha):
 @pytest.mark.parametrize('alpha', [0.0, 0.6, 1.0])
 def test_wide_beam_finds_the_best_sequence(alpha, assert_close):
   tokens, scores = _search(
-    [[0], [2]], 4, beam_size=5, num_best=2, length_penalty=alpha
+    np.array([[0], [2]]),
+    num_tokens=4,
+    beam_size=5,
+    num_best=2,
+    length_penalty=alpha,
   )
   for row, first in enumerate((0, 2)):
     best = _all_sequences(first, 4, alpha)[0]
@@ -218,15 +245,16 @@ def test_wide_beam_finds_the_best_sequence(alpha, assert_close):
 def test_one_beam_is_greedy():
   prompt = jnp.array([[0], [1], [2], [4]])
   cache = jnp.zeros((4, 9), jnp.int32), jnp.int32(0)
+  expected = decoding.greedy(_markov, cache, prompt, 6, end=0)
   for alpha in (0.0, 2.0):
     tokens, _ = _search(prompt, beam_size=1, length_penalty=alpha)
-    expected = decoding.greedy(_markov, cache, prompt, 6, end=0)
     np.testing.assert_array_equal(tokens[:, 0], expected)
 
 
 def test_beams_carry_their_caches():
   """The logits depend on all previous tokens, not only on the last one."""
 
+  @jax.jit
   def step(tokens, cache):
     seen, length = cache
     seen = jax.lax.dynamic_update_slice(seen, tokens, (0, length))
@@ -236,7 +264,7 @@ def test_beams_carry_their_caches():
 
   prompt = jnp.array([[3], [1]])
   tokens, scores = _search(
-    prompt, 5, step=step, beam_size=4, num_best=4, length_penalty=0.0
+    prompt, num_tokens=5, step=step, beam_size=4, num_best=4, length_penalty=0.0
   )
   for row in range(2):
     for n in range(4):
@@ -252,9 +280,9 @@ def test_beams_carry_their_caches():
 
 
 def test_rows_are_searched_independently():
-  together, _ = _search([[0], [4], [2]], beam_size=3, num_best=3)
+  together, _ = _search(np.array([[0], [4], [2]]), beam_size=3, num_best=3)
   for row, first in enumerate((0, 4, 2)):
-    alone, _ = _search([[first]], beam_size=3, num_best=3)
+    alone, _ = _search(np.array([[first]]), beam_size=3, num_best=3)
     np.testing.assert_array_equal(together[row], alone[0])
 
 
@@ -269,7 +297,7 @@ def test_rows_are_searched_independently():
 def test_invalid_prompts_raise(prompt, message):
   for decode in (
     lambda: decoding.greedy(_step, jnp.int32(0), prompt, 3),
-    lambda: _search(prompt),
+    lambda: _search(np.asarray(prompt)),
   ):
     with pytest.raises(ValueError, match=f'prompt: {message}'):
       decode()
@@ -294,7 +322,7 @@ def test_prompt_may_be_a_list():
 )
 def test_invalid_beam_options_raise(options, message):
   with pytest.raises(ValueError, match=message):
-    _search([[0]], **options)
+    _search(np.array([[0]]), **options)
 
 
 @pytest.mark.parametrize(

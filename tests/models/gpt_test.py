@@ -24,7 +24,8 @@ def _model(**fields):
     )
   )
   model = hk.Transformed(model.init, jax.jit(model.apply))
-  return model, model.init(jax.random.key(0), np.zeros((1, 2), int))
+  params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 2), int))
+  return model, params
 
 
 def test_no_gradient_comes_from_future_tokens():
@@ -102,6 +103,12 @@ def _step(model, params):
   return step
 
 
+def _last_logits(model, params, tokens):
+  """The last token's logits; padding, masked by causality, keeps one shape."""
+  padded = np.pad(tokens, ((0, 0), (0, 11 - tokens.shape[1])))
+  return model.apply(params, None, padded)[:, tokens.shape[1] - 1]
+
+
 def test_tokens_in_pieces_give_the_logits_of_the_whole(assert_close):
   model, params = _model()
   params = jax.tree.map(lambda p: p * 5, params)
@@ -122,11 +129,11 @@ def test_window_step_gives_the_plain_forward_pass(assert_close):
   )
   tokens = np.random.default_rng(0).integers(0, 13, (2, 17))
   logits, cache = step(tokens[:, :4], cache)
-  assert_close(logits, model.apply(params, None, tokens[:, :4])[:, -1])
+  assert_close(logits, _last_logits(model, params, tokens[:, :4]))
   for i in range(4, 17):
     logits, cache = step(tokens[:, i : i + 1], cache)
     window = tokens[:, max(0, i - 10) : i + 1]
-    assert_close(logits, model.apply(params, None, window)[:, -1], scale=5)
+    assert_close(logits, _last_logits(model, params, window), scale=5)
 
 
 def test_prompts_of_different_lengths_go_on_as_alone():
@@ -134,10 +141,14 @@ def test_prompts_of_different_lengths_go_on_as_alone():
   params = jax.tree.map(lambda p: p * 20, params)
   prompts = [[1, 2, 3, 4, 5], [6], [7, 8, 9]]
   tokens, start = align(prompts)
-  write = functools.partial(decoding.greedy, _step(model, params))
-  together = write(Cache.create(11, start), tokens, 6)
+
+  @jax.jit
+  def write(cache, tokens):
+    return decoding.greedy(_step(model, params), cache, tokens, 6)
+
+  together = write(Cache.create(11, start), tokens)
   for row, prompt in zip(together, prompts, strict=True):
-    alone = write(Cache.create(11), np.array([prompt]), 6)[0]
+    alone = write(Cache.create(11), np.array([prompt]))[0]
     np.testing.assert_array_equal(row, alone)
 
 
@@ -148,8 +159,8 @@ def test_the_likeliest_tokens_are_those_of_a_loop():
   step = _step(model, params)
   drawn = decoding.greedy(step, Cache.create(9), tokens, 6)
   for _ in range(6):
-    logits = model.apply(params, None, tokens)
-    tokens = np.append(tokens, np.argmax(logits[:, -1:], -1), axis=1)
+    likeliest = np.argmax(_last_logits(model, params, tokens), -1)
+    tokens = np.append(tokens, likeliest[:, None], axis=1)
   np.testing.assert_array_equal(drawn, tokens[:, 3:])
 
 

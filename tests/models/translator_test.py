@@ -1,3 +1,5 @@
+import functools
+
 import haiku as hk
 import jax
 import jax.numpy as jnp
@@ -26,10 +28,23 @@ def _model(**fields):
   if fields.get('source') == 'vectors':
     source = rng.normal(size=(B, K, C)).astype(np.float32)
   tokens = rng.integers(0, V, (B, T))
-  params = model.init(jax.random.key(0), source, tokens, _LENGTHS)
-  # Far from where it starts: logits that differ.
-  params = jax.tree.map(lambda p: p * 2, params)
+  shapes = jax.eval_shape(
+    model.init, jax.random.key(0), source, tokens, _LENGTHS
+  )
+  # NumPy's numbers, which need no compilation; large: logits that differ.
+  params = jax.tree.map(
+    lambda x: jnp.asarray(
+      2 / np.sqrt(x.shape[0]) * rng.normal(size=x.shape), x.dtype
+    ),
+    shapes,
+  )
   return model, params, source, tokens
+
+
+@pytest.fixture(scope='module')
+def plain():
+  """The model of the default fields, whose programs tests share."""
+  return _model()
 
 
 _OPTIONS = [
@@ -75,10 +90,15 @@ def _start(source, capacity=8):
   return (source, _LENGTHS[: len(source)], Cache.create(capacity)), prompt
 
 
-def test_refilling_a_padded_target_gives_the_same_tokens():
-  model, params, source, _ = _model()
-  cache, prompt = _start(source)
-  actual = decoding.greedy(_step(model, params), cache, prompt, 7, end=_END)
+def test_refilling_a_padded_target_gives_the_same_tokens(plain):
+  model, params, source, _ = plain
+
+  @jax.jit
+  def decode(params):
+    cache, prompt = _start(source)
+    return decoding.greedy(_step(model, params), cache, prompt, 7, end=_END)
+
+  actual = decode(params)
   target = np.full((B, 8), 0)
   target[:, 0] = _START
   for i in range(7):
@@ -89,11 +109,14 @@ def test_refilling_a_padded_target_gives_the_same_tokens():
   np.testing.assert_array_equal(actual, target[:, 1:])
 
 
-def test_a_beams_score_is_the_sum_of_its_log_probabilities(assert_close):
-  model, params, source, _ = _model()
-  cache, prompt = _start(source)
-  for penalty in (0.0, 0.8):
-    tokens, scores = decoding.beam_search(
+def test_a_beams_score_is_the_sum_of_its_log_probabilities(plain, assert_close):
+  model, params, source, _ = plain
+  _, prompt = _start(source)
+
+  @functools.partial(jax.jit, static_argnames='penalty')
+  def search(params, penalty):
+    cache, prompt = _start(source)
+    return decoding.beam_search(
       _step(model, params),
       cache,
       prompt,
@@ -103,6 +126,9 @@ def test_a_beams_score_is_the_sum_of_its_log_probabilities(assert_close):
       num_best=3,
       length_penalty=penalty,
     )
+
+  for penalty in (0.0, 0.8):
+    tokens, scores = search(params, penalty)
     assert (np.diff(scores) <= 1e-6).all()
     for n in range(3):
       targets = np.asarray(tokens[:, n])
@@ -115,23 +141,23 @@ def test_a_beams_score_is_the_sum_of_its_log_probabilities(assert_close):
       assert_close(scores[:, n], -sums / ((5 + lengths) / 6) ** penalty)
 
 
-def test_what_is_behind_a_sources_length_changes_nothing(assert_close):
-  model, params, source, tokens = _model()
+def test_what_is_behind_a_sources_length_changes_nothing(plain, assert_close):
+  model, params, source, tokens = plain
   expected = model.apply(params, None, source, tokens, _LENGTHS)
   changed = np.where(np.arange(K) < _LENGTHS[:, None], source, 9)
   assert_close(model.apply(params, None, changed, tokens, _LENGTHS), expected)
 
 
-def test_no_logit_knows_later_targets(assert_close):
-  model, params, source, tokens = _model()
+def test_no_logit_knows_later_targets(plain, assert_close):
+  model, params, source, tokens = plain
   expected = model.apply(params, None, source, tokens, _LENGTHS)[:, :3]
-  tokens[:, 3:] = 9
-  actual = model.apply(params, None, source, tokens, _LENGTHS)[:, :3]
+  changed = np.where(np.arange(T) < 3, tokens, 9)
+  actual = model.apply(params, None, source, changed, _LENGTHS)[:, :3]
   assert_close(actual, expected)
 
 
-def test_one_table_or_two():
-  shared = _model()[1]
+def test_one_table_or_two(plain):
+  shared = plain[1]
   assert shared['translator/tokens']['embeddings'].shape == (V, 12)
   apart = _model(with_shared_embeddings=False)[1]
   assert {'translator/source_tokens', 'translator/target_tokens'} <= set(apart)
@@ -165,7 +191,7 @@ def test_fields_that_do_not_fit_are_refused(fields, message):
     _model(**fields)
 
 
-def test_a_source_of_another_kind_is_refused():
-  model, params, _, tokens = _model()
+def test_a_source_of_another_kind_is_refused(plain):
+  model, params, _, tokens = plain
   with pytest.raises(ValueError, match=r'source: expected tokens of rank 2'):
     model.apply(params, None, np.zeros((B, K, C)), tokens, _LENGTHS)

@@ -58,8 +58,16 @@ def _model(name, **fields):
   inputs = (tokens,)
   if name == 'translator':
     inputs = (tokens[:, ::-1], tokens, np.array([T, 4]))
-  params = jax.jit(model.init)(jax.random.key(0), *inputs)
-  return model, jax.tree.map(lambda p: 6 * p, params), inputs
+  shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)
+  rng = np.random.default_rng(2)  # NumPy's: they need no compilation
+  params = jax.tree.map(
+    lambda x: jnp.asarray(
+      2 / np.sqrt(x.shape[0]) * rng.normal(size=x.shape), x.dtype
+    ),
+    shapes,
+  )
+  model = hk.Transformed(model.init, jax.jit(model.apply))
+  return model, params, inputs
 
 
 @pytest.mark.parametrize(('name', 'variant'), _CASES)
@@ -136,7 +144,9 @@ def test_a_window_bounds_the_reach_of_a_layer():
     changed = {**params, 'gpt/tokens': {'embeddings': table}}
     return model.apply(changed, None, np.arange(T)[None])[0, -1].std()
 
-  gradient = jax.grad(logits_of_the_last)(params['gpt/tokens']['embeddings'])
+  gradient = jax.jit(jax.grad(logits_of_the_last))(
+    params['gpt/tokens']['embeddings']
+  )
   reached = np.abs(gradient[:T]).max(-1) > 0
   assert reached.tolist() == [False] * (T - 3) + [True] * 3
 

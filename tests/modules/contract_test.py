@@ -118,19 +118,20 @@ MODULES = {
     _CROSS,
   ),
 }
-_each = pytest.mark.parametrize('name', MODULES)
 
 
-def _build(name, arrays, dtype=jnp.float32):
-  make, shapes, paths = MODULES[name]
+@pytest.fixture(scope='module', params=MODULES)
+def built(request, arrays):
+  """(model, parameters, inputs, output, paths of the parameters)."""
+  make, shapes, paths = MODULES[request.param]
   model = hk.without_apply_rng(hk.transform(lambda *x: make()(*x)))
-  inputs = arrays(*shapes, dtype=dtype)
-  return model, model.init(jax.random.key(0), *inputs), inputs, paths
+  inputs = arrays(*shapes)
+  params = jax.jit(model.init)(jax.random.key(0), *inputs)
+  return model, params, inputs, jax.jit(model.apply)(params, *inputs), paths
 
 
-@_each
-def test_parameters_have_their_names(name, arrays):
-  _, params, _, paths = _build(name, arrays)
+def test_parameters_have_their_names(built):
+  _, params, _, _, paths = built
   found = {
     '/'.join([*module.split('/')[1:], leaf])
     for module, leaf, _ in hk.data_structures.traverse(params)
@@ -138,47 +139,41 @@ def test_parameters_have_their_names(name, arrays):
   assert found == paths
 
 
-@_each
-def test_jit_is_eager(name, arrays, assert_close):
-  model, params, inputs, _ = _build(name, arrays)
-  expected = model.apply(params, *inputs)
-  assert_close(jax.jit(model.apply)(params, *inputs), expected)
+def test_jit_is_eager(built, assert_close):
+  model, params, inputs, expected, _ = built
+  assert_close(model.apply(params, *inputs), expected)
 
 
-@_each
-def test_vmap_is_the_batch(name, arrays, assert_close):
-  model, params, inputs, _ = _build(name, arrays)
-  expected = model.apply(params, *inputs)
+def test_vmap_is_the_batch(built, assert_close):
+  model, params, inputs, expected, _ = built
   mapped = jax.vmap(model.apply, (None, *(0 for _ in inputs)))
-  assert_close(mapped(params, *inputs), expected)
+  assert_close(jax.jit(mapped)(params, *inputs), expected)
 
 
-@_each
-def test_leading_axes_are_free(name, arrays, assert_close):
-  model, params, inputs, _ = _build(name, arrays)
-  expected = model.apply(params, *inputs)
+def test_leading_axes_are_free(built, assert_close):
+  model, params, inputs, expected, _ = built
   split = [x.reshape(1, B, 1, *x.shape[1:]) for x in inputs]
-  actual = model.apply(params, *split)
+  actual = jax.jit(model.apply)(params, *split)
   assert_close(actual.reshape(expected.shape), expected)
 
 
-@_each
-def test_bfloat16_in_bfloat16_out_and_near(name, arrays, assert_close):
-  model, params, inputs, _ = _build(name, arrays, jnp.bfloat16)
+def test_bfloat16_in_bfloat16_out_and_near(built, assert_close):
+  model, params, inputs, _, _ = built
+  inputs = [x.astype(jnp.bfloat16) for x in inputs]
   half = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
-  actual = model.apply(half, *inputs)
+  apply = jax.jit(model.apply)
+  actual = apply(half, *inputs)
   assert actual.dtype == jnp.bfloat16
-  exact = model.apply(params, *(x.astype(jnp.float32) for x in inputs))
+  exact = apply(params, *(x.astype(jnp.float32) for x in inputs))
   assert_close(actual, exact, scale=2)
 
 
-@_each
-def test_every_parameter_gets_a_gradient(name, arrays):
-  model, params, inputs, _ = _build(name, arrays)
-  (cotangent,) = arrays(model.apply(params, *inputs).shape, seed=1)
-  grads = jax.grad(lambda p: (model.apply(p, *inputs) * cotangent).sum())(
-    params
-  )
+def test_every_parameter_gets_a_gradient(built, arrays):
+  model, params, inputs, output, _ = built
+  (cotangent,) = arrays(output.shape, seed=1)
+  grads = jax.jit(
+    jax.grad(lambda p: (model.apply(p, *inputs) * cotangent).sum())
+  )(params)
   for module, leaf, grad in hk.data_structures.traverse(grads):
     assert np.isfinite(grad).all()
     # The same number added to all of a query's logits changes nothing.

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from attention.training import command_line, loop
+from attention.training import main as training_main
 
 _ROOT = pathlib.Path(__file__).parents[2]
 
@@ -21,12 +22,16 @@ def text(tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def config(text):
-  """config(size='debug', **{'training.steps': 7}): gpt_char on `text`."""
+  """config(size='debug', **{'training.steps': 7}): gpt_char on `text`.
+
+  Without TensorBoard, whose imports may take seconds.
+  """
 
   def make(name='gpt_char', size='debug', **changes):
     path = _ROOT / 'configs' / f'{name}.py'
     config = command_line.load_config(f'{path}:{size}')
     config.data.path = str(text)
+    config.training.tensorboard = False
     config.update_from_flattened_dict(changes)
     return config
 
@@ -39,6 +44,19 @@ def ended(config, tmp_path_factory):
   workdir = tmp_path_factory.mktemp('ended') / 'run'
   loop.train(config(**{'training.steps': 3}), workdir)
   return workdir
+
+
+@pytest.fixture
+def train_here(monkeypatch):
+  """train_here(*words): the exit status of `train.py *words`, run here."""
+
+  def main(*words):
+    with monkeypatch.context() as patch:
+      # It changes the settings of JAX that tests share.
+      patch.setattr(training_main, 'set_up_jax', lambda *_: None)
+      return training_main.main(['train.py', *map(str, words)])
+
+  return main
 
 
 @pytest.fixture

@@ -15,22 +15,28 @@ from attention.training.workdir.checkpoints import Checkpoints
 
 
 @pytest.fixture
-def train(text, tmp_path, python):
-  """train(name, *words): starts train.py at :debug in the workdir `name`."""
+def command(text, tmp_path):
+  """command(name, *words): arguments of a run in the workdir `name`."""
 
-  def start(name, *words, steps=400):
-    return python(
-      'train.py',
+  def make(name, *words, steps=400):
+    return [
       '--config=configs/gpt_char.py:debug',
       f'--config.data.path={text}',
       f'--workdir={tmp_path / name}',
       f'--config.training.steps={steps}',
       '--config.training.checkpoint_every=70',
       '--config.training.eval_every=150',
+      '--config.training.tensorboard=False',
       *words,
-    )
+    ]
 
-  return start
+  return make
+
+
+@pytest.fixture
+def train(command, python):
+  """train(name, *words): starts train.py at :debug in the workdir `name`."""
+  return lambda *words, **more: python('train.py', *command(*words, **more))
 
 
 def _finish(process):
@@ -158,41 +164,44 @@ def test_twenty_kills_change_no_byte(train, tmp_path):
   assert kills == 20
 
 
-def test_training_continues_with_a_warning_on_a_full_disk(train, tmp_path):
-  process, workdir = train('full'), tmp_path / 'full'
+def test_training_continues_with_a_warning_on_a_full_disk(
+  train, train_here, command, tmp_path, capsys
+):
+  board = '--config.training.tensorboard=True'  # it too meets the full disk
+  process, workdir = train('full', board, steps=210), tmp_path / 'full'
   _wait_until(lambda: (workdir / 'checkpoints' / '70').exists(), process)
   # No file may grow beyond 100 bytes from now on, as on a full disk.
   resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100, 100))
   output, error = process.communicate(timeout=300)
   assert process.returncode == 0, error
-  assert 'step 400/400' in output
+  assert 'step 210/210' in output
   assert 'could not be written' in output
   assert 'Traceback' not in error
   step, _ = _state(workdir)
-  assert 70 <= step < 400
-  output = _finish(train('full'))
-  assert f'resumed from step {step}' in output
-  assert _state(workdir)[0] == 400
+  assert 70 <= step < 210
+  assert train_here(*command('full', steps=210)) == 0
+  assert f'resumed from step {step}' in capsys.readouterr().out
+  assert _state(workdir)[0] == 210
   evaluated = [x['step'] for x in _figures(workdir) if 'eval/loss' in x]
-  assert evaluated == [150, 300, 400]
+  assert evaluated == [150, 210]
 
 
-def test_a_second_run_in_a_workdir_is_refused(train, tmp_path):
+def test_a_second_run_in_a_workdir_is_refused(
+  train, train_here, command, capsys
+):
   first = train('shared', steps=100_000)
   _wait_for(first, 'compiling')
-  second = train('shared', steps=100_000)
-  error = second.communicate(timeout=100)[1]
-  assert second.returncode == 2
+  assert train_here(*command('shared', steps=100_000)) == 2
+  error = capsys.readouterr().err
   assert error.count('\n') == 1
   holder = f'process {first.pid} on {os.uname().nodename}'
   assert f'{holder} is running here' in error
   first.kill()
 
 
-def test_a_workdir_has_only_the_documented_files(train, tmp_path):
-  _finish(train('run', '--config.training.tensorboard=False', steps=20))
-  assert sorted(p.name for p in (tmp_path / 'run').iterdir()) == [
+def test_a_workdir_has_only_the_documented_files(ended):
+  assert sorted(p.name for p in ended.iterdir()) == [
     'checkpoints', 'config.json', 'data.json', 'env.json', 'lock',
     'metrics.jsonl', 'plots', 'samples',
   ]  # fmt: skip
-  json.loads((tmp_path / 'run' / 'config.json').read_text())
+  json.loads((ended / 'config.json').read_text())

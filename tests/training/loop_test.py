@@ -1,6 +1,7 @@
 """Training runs: learning, stopping, exact resumption and their output."""
 
 import json
+import shlex
 import shutil
 import signal
 import time
@@ -13,6 +14,7 @@ from attention import __main__ as cli
 from attention.interop import gpt2
 from attention.training import loop, tasks, trained
 from attention.training.optimization import optimizers, step
+from attention.training.tasks.language import Language
 from attention.training.workdir import metrics, run_files
 from attention.training.workdir.checkpoints import Checkpoints, abstract
 
@@ -146,37 +148,37 @@ def _wait(condition, process, seconds=120):
 
 
 @pytest.fixture
-def long_run(config, text, tmp_path, python):
-  """long_run(name): starts train.py for 400 steps in the workdir `name`."""
+def words(text, tmp_path):
+  """words(name): arguments of a run that lasts seconds after it saves."""
 
-  def start(name):
-    return python(
-      'train.py',
+  def make(name):
+    return [
       '--config=configs/gpt_char.py:debug',
       f'--config.data.path={text}',
       f'--workdir={tmp_path / name}',
+      '--config.training.tensorboard=False',
       '--config.training.steps=400',
       '--config.training.checkpoint_every=70',
-      '--config.training.eval_every=150',
-    )
+      '--config.training.eval_every=200',
+    ]
 
-  return start
+  return make
 
 
 def _has_checkpoint(workdir):
   return any(p.name.isdigit() for p in workdir.glob('checkpoints/*'))
 
 
-def test_a_killed_run_resumes_to_the_same_bytes(long_run, tmp_path):
-  whole = long_run('whole')
-  error = whole.communicate(timeout=200)[1]
-  assert whole.returncode == 0, error
-  killed, workdir = long_run('killed'), tmp_path / 'killed'
+def test_a_killed_run_resumes_to_the_same_bytes(words, python, tmp_path):
+  killed, workdir = python('train.py', *words('killed')), tmp_path / 'killed'
   _wait(lambda: _has_checkpoint(workdir), killed)
   killed.send_signal(signal.SIGKILL)
   assert killed.wait() == -signal.SIGKILL
   assert _figures(workdir)[-1]['step'] < 400
-  resumed = long_run('killed')
+  whole = python('train.py', *words('whole'))
+  error = whole.communicate(timeout=200)[1]
+  assert whole.returncode == 0, error
+  resumed = python('train.py', *words('killed'))
   output, error = resumed.communicate(timeout=200)
   assert resumed.returncode == 0, error
   assert 'resumed from step' in output
@@ -185,16 +187,25 @@ def test_a_killed_run_resumes_to_the_same_bytes(long_run, tmp_path):
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_run_saves_and_prints_how_to_resume(
-  long_run, tmp_path, number
+  words, train_here, tmp_path, monkeypatch, capsys, number
 ):
-  stopped, workdir = long_run('stopped'), tmp_path / 'stopped'
-  _wait(lambda: len(metrics.read(workdir / 'metrics.jsonl')) > 3, stopped)
-  stopped.send_signal(number)
-  output, error = stopped.communicate(timeout=100)
-  assert stopped.returncode == 0, error
-  assert 'to resume, run the same command again: ' in output
-  reached = _state(workdir)[0]
-  assert _figures(workdir)[-1]['step'] <= reached < 400
+  batch = Language.batch
+
+  def batch_and_signal(self, n):
+    if n == 17:
+      signal.raise_signal(number)
+    return batch(self, n)
+
+  monkeypatch.setattr(Language, 'batch', batch_and_signal)
+  assert train_here(*words('stopped')) == 0
+  name = {signal.SIGINT: 'Ctrl-C', signal.SIGTERM: 'SIGTERM'}[number]
+  output = capsys.readouterr().out
+  assert f'stopped by {name} at step 18; ' in output
+  command = output.split('to resume, run the same command again: ')[1]
+  assert shlex.split(command) == ['python', 'train.py', *words('stopped')]
+  workdir = tmp_path / 'stopped'
+  assert _state(workdir)[0] == 18
+  assert _figures(workdir)[-1]['step'] == 15
 
 
 def test_metrics_after_the_restored_step_are_removed(tmp_path):

@@ -54,7 +54,13 @@ def test_a_run_writes_tensorboard_events_and_a_trace(config, tmp_path):
   pytest.importorskip('tensorboardX')
   from tensorboardX.proto import event_pb2
 
-  settings = config(**{'training.steps': 4, 'training.log_every': 2})
+  settings = config(
+    **{
+      'training.steps': 4,
+      'training.log_every': 2,
+      'training.tensorboard': True,
+    }
+  )
   loop.prepare(settings, tmp_path / 'run', profile=(1, 3))()
   (path,) = (tmp_path / 'run' / 'tb').iterdir()
   steps = {}

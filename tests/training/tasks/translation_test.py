@@ -40,7 +40,13 @@ def _config(pairs, **changes):
     }
   )
   config.training.update(
-    {'steps': 4, 'log_every': 1, 'eval_every': 4, 'checkpoint_every': 2}
+    {
+      'steps': 4,
+      'log_every': 1,
+      'eval_every': 4,
+      'checkpoint_every': 2,
+      'tensorboard': False,
+    }
   )
   config.update_from_flattened_dict(changes)
   return config
@@ -171,7 +177,7 @@ def test_a_resumed_run_writes_the_same_bytes(run, pairs, tmp_path):
 @pytest.mark.parametrize('name', ['dates', 'tones', 'translate'])
 def test_each_config_trains_at_debug(name, tmp_path):
   config = load_config(f'configs/{name}.py:debug')
-  config.training.update({'steps': 3, 'eval_every': 3})
+  config.training.update({'steps': 3, 'eval_every': 3, 'tensorboard': False})
   loop.train(config, tmp_path / 'run')
   lines = metrics.read(tmp_path / 'run' / 'metrics.jsonl')
   last = {k: v for line in lines for k, v in line.items()}
