@@ -29,8 +29,7 @@ class Pairwise(hk.Module):
   pattern[h, i, j] = softmax_j(query[i, h] · key[j, h] / √key_size), j ≠ i
   couplings[j, b, i, a] = Σ_h pattern[h, i, j] value[h, b, a]
 
-  No residue predicts itself. The two couplings of a pair, one for each
-  direction, are independent (Ekeberg et al. 2014); take their mean.
+  Both are made symmetric, and no residue predicts itself.
   """
 
   length: int  # positions of the alignment
@@ -77,10 +76,17 @@ class Pairwise(hk.Module):
       (self.num_heads, NUM_RESIDUES, NUM_RESIDUES),
       init=hk.initializers.RandomNormal(0.01),
     )
-    return jnp.einsum('hij,hba->jbia', self.pattern(), value)
+    pattern = self.pattern()
+    # Transpose these, not the couplings, which are much larger.
+    pattern = jnp.concatenate([pattern, pattern.swapaxes(1, 2)])
+    value = jnp.concatenate([value, value.swapaxes(1, 2)]) / 2
+    return jnp.einsum('hij,hba->jbia', pattern, value)
 
   def _potts(self):
     shape = (self.length, NUM_RESIDUES) * 2
     couplings = hk.get_parameter('couplings', shape, init=jnp.zeros)
+    size = self.length * NUM_RESIDUES
+    couplings = couplings.reshape(size, size)
+    couplings = ((couplings + couplings.T) / 2).reshape(shape)
     others = 1 - jnp.eye(self.length)
     return couplings * others[:, None, :, None]

@@ -51,9 +51,9 @@ def contact_map(
   i_top, j_top = i[top], j[top]
   truth = contacts[i_top, j_top]
 
-  figure = Figure(figsize=(6, 6.4), layout='constrained')
+  figure = Figure(figsize=(6, 6.8), layout='constrained')
   axes = figure.subplots()
-  size = max(2.0, 300 / length) ** 2 / 2
+  size = max(3.5, 300 / length) ** 2  # in points², at least visible
   for is_shown, colour, label in (
     (truth == 1, _RIGHT, 'predicted, a contact'),
     (truth == 0, _WRONG, 'predicted, no contact'),
@@ -84,11 +84,11 @@ def contact_map(
   axes.set(
     xlim=(0.5, length + 0.5),
     ylim=(length + 0.5, 0.5),
-    aspect='equal',
     xlabel='position',
     ylabel='position',
     title=title,
   )
+  axes.set_box_aspect(1)
   for axis in (axes.xaxis, axes.yaxis):
     axis.set_major_locator(MaxNLocator(8, integer=True))
   figure.legend(loc='outside lower center', ncols=2, frameon=False, fontsize=8)

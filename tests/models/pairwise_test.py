@@ -47,6 +47,7 @@ def test_logits_sum_the_couplings_to_the_other_residues(kind, assert_close):
   params, residues, logits, couplings = _create(kind)
   couplings = np.asarray(couplings)
   assert_close(logits, _sum_couplings(params, couplings, residues))
+  assert_close(couplings, couplings.transpose(2, 3, 0, 1))
   assert not couplings[np.arange(LENGTH), :, np.arange(LENGTH)].any()
 
 
@@ -60,14 +61,15 @@ def test_factored_attention_is_attention_over_positions(assert_close):
     weights = np.exp(query[:, h] @ key[:, h].T / np.sqrt(SIZE))
     np.fill_diagonal(weights, 0)
     weights /= weights.sum(1, keepdims=True)
-    expected += weights.T[:, None, :, None] * value[h][:, None]
+    expected += weights[:, None, :, None] * value[h].T[:, None] / 2
+    expected += weights.T[:, None, :, None] * value[h][:, None] / 2
   assert_close(couplings, expected.astype(np.float32))
 
 
 def test_potts_couplings_are_free(assert_close):
   params, _, _, couplings = _create('potts')
   (free,) = (p['couplings'] for p in params.values())
-  expected = free.copy()
+  expected = (free + free.transpose(2, 3, 0, 1)) / 2
   expected[np.arange(LENGTH), :, np.arange(LENGTH)] = 0
   assert_close(couplings, expected)
 

@@ -88,7 +88,20 @@ class Contacts:
     return self.data.batch(step)
 
   def init(self, rng):
-    return self._model.init(rng, np.zeros((1, self._length), np.int32))
+    """Initialise parameters; biases are the columns' log frequencies."""
+    params = self._model.init(rng, np.zeros((1, self._length), np.int32))
+    if self.data is None:
+      return params
+    # Otherwise couplings would learn first what single columns explain.
+    (name,) = params
+    return {name: {**params[name], 'bias': self._log_frequencies()}}
+
+  def _log_frequencies(self):
+    """Log frequencies of the residues of each column, centred: [l, 20]."""
+    rows, weights = self.alignment.residues, self.alignment.weights
+    counts = [weights @ (rows == kind) for kind in range(NUM_RESIDUES)]
+    logs = np.log(np.stack(counts, -1) + 1)
+    return jnp.float32(logs - logs.mean(-1, keepdims=True))
 
   def loss(self, params, rng, batch):
     """Return the total loss in nats, with penalty, and the residue count."""
