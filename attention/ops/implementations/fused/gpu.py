@@ -1,7 +1,7 @@
 """Pallas Triton kernels for NVIDIA GPUs.
 
 Each program computes a query block, or a key block, of one head and batch row.
-It loops over the launch of the other axis that are not fully masked.
+It loops over the blocks of the other axis that are not fully masked.
 Exponentials and logarithms are base 2, as in hardware.
 """
 
