@@ -37,7 +37,10 @@ one    -AE
 
 def _write(folder, name, text):
   path = folder / name
-  path.write_bytes(text if isinstance(text, bytes) else text.encode())
+  content = text if isinstance(text, bytes) else text.encode()
+  if name.endswith('.gz') and isinstance(text, str):
+    content = gzip.compress(content)
+  path.write_bytes(content)
   return str(path)
 
 
@@ -45,12 +48,13 @@ def _write(folder, name, text):
   ('name', 'text', 'rows'),
   [
     ('x.a3m', A3M, ['MKVLAE', 'MK-LAE', 'MRVL-E']),
-    ('x.a3m.gz', gzip.compress(A3M.encode()), ['MKVLAE', 'MK-LAE', 'MRVL-E']),
+    ('x.a3m.gz', A3M, ['MKVLAE', 'MK-LAE', 'MRVL-E']),
     ('x.A3M', A3M.replace('\n', '\r\n'), ['MKVLAE', 'MK-LAE', 'MRVL-E']),
     # The third column is a gap of the query.
     ('x.fasta', FASTA, ['MKVLAE', 'MKV-AE']),
     ('x.sto', STOCKHOLM, ['MKVLAE', 'MRV-AE']),
   ],
+  ids=['a3m', 'gzip', 'windows', 'fasta', 'stockholm'],
 )
 def test_files_are_read_in_the_columns_of_the_query(tmp_path, name, text, rows):
   alignment = read(_write(tmp_path, name, text))
