@@ -79,7 +79,7 @@ def _potts():
   config = _default()
   config.model.update({'kind': 'potts', 'decay': 80.0})
   config.optimizer.update({'learning_rate': 0.05})
-  config.training.update({'steps': 100, 'log_every': 10, 'eval_every': 100})
+  config.training.update({'steps': 100, 'log_every': 10})
   return config
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import pathlib
 import shutil
 import tempfile
 
@@ -47,6 +48,15 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
   """Puts runs first: they take longest, and would leave a worker idle."""
   items.sort(key=lambda item: 'training' not in item.path.parts)
+
+
+@pytest.fixture
+def real_files():
+  """The folder of real files, which is not part of the project."""
+  folder = os.environ.get('ATTENTION_TEST_DATA')
+  if not folder:
+    pytest.skip('ATTENTION_TEST_DATA is unset')
+  return pathlib.Path(folder)
 
 
 @pytest.fixture

@@ -60,7 +60,7 @@ class Alignment:
 
 
 @dataclasses.dataclass(frozen=True)
-class Family:
+class Rows:
   """Batches of an alignment's rows, drawn in proportion to their weights."""
 
   alignment: Alignment
@@ -76,7 +76,7 @@ class Family:
     num_sequences: int = 0,
     batch_size: int,
     seed: int,
-  ) -> 'Family':
+  ) -> 'Rows':
     """Read an alignment, or generate a family with known contacts.
 
     Args:
@@ -145,13 +145,13 @@ def read(path: str) -> Alignment:
   lines = read_lines(path)
   parse = _stockholm if kind == 'stockholm' else _fasta
   is_a3m = kind == 'a3m'
-  rows = [_row(path, is_a3m, *record) for record in parse(path, lines)]
+  records = parse(path, lines)
+  rows = [_row(path, is_a3m, *record) for record in records]
   if len(rows) < 2:
     raise ValueError(
       f'{path}: expected an alignment of 2 or more sequences, got {len(rows)}'
     )
   length = len(rows[0])
-  records = parse(path, lines)
   for row, (number, name, _) in zip(rows, records, strict=True):
     if len(row) != length:
       raise ValueError(
@@ -218,20 +218,17 @@ def _row(path, is_a3m, number, name, sequence):
     ) from None
 
 
-def sequence_weights(
-  residues: np.ndarray, identity: float = _IDENTITY
-) -> np.ndarray:
+def sequence_weights(residues: np.ndarray) -> np.ndarray:
   """Weight each sequence by 1 / the number of sequences like it.
 
-  Sequences are alike if they agree in a fraction `identity` of the columns or
-  more (Morcos et al. 2011, equation 3); each is like itself.
+  Sequences are alike if they agree in 80% of the columns or more (Morcos et al.
+  2011, equation 3); each is like itself.
 
   Args:
     residues: [n, l].
-    identity: a fraction of the columns.
 
   Returns:
     [n] float64.
   """
-  alike = [(residues == row).mean(1) >= identity for row in residues]
+  alike = [(residues == row).mean(1) >= _IDENTITY for row in residues]
   return 1 / np.sum(alike, 1)

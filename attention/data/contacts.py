@@ -8,15 +8,16 @@ import pathlib
 
 import numpy as np
 
+from attention.data.proteins import RESIDUES
+
 NEAR = 8.0  # Å
 SEPARATIONS = {'all': 6, 'long': 24}  # least distance along the sequence
 FRACTIONS = (1, 2, 5)  # of the length: the top L, L/2 and L/5 pairs
-_NUM_RESIDUES = 20  # kinds; gaps and unknown residues are one more state
+_NUM_RESIDUES = len(RESIDUES)  # gaps and unknown residues are one more state
+_PSEUDOCOUNT = 0.5  # weight of uniform frequencies, against those observed
 
 
-def mean_field_dca(
-  residues: np.ndarray, weights: np.ndarray, pseudocount: float = 0.5
-) -> np.ndarray:
+def mean_field_dca(residues: np.ndarray, weights: np.ndarray) -> np.ndarray:
   """Score pairs by mean-field direct-coupling analysis.
 
   The couplings are the negative inverse of the covariance of one-hot residues
@@ -25,7 +26,6 @@ def mean_field_dca(
   Args:
     residues: [n, l] ids; those from 20 on are one state, the gap.
     weights: [n], one per sequence.
-    pseudocount: weight of uniform frequencies, against those observed.
 
   Returns:
     [l, l], as `coupling_scores`.
@@ -36,9 +36,9 @@ def mean_field_dca(
   share = (weights / weights.sum()).astype(np.float32)
   observed = ((rows * share[:, None]).T @ rows).astype(np.float64)
   single = np.diag(observed)
-  uniform = pseudocount / (kinds + 1)
-  single = (1 - pseudocount) * single + uniform
-  pairs = (1 - pseudocount) * observed + uniform / (kinds + 1)
+  uniform = _PSEUDOCOUNT / (kinds + 1)
+  single = (1 - _PSEUDOCOUNT) * single + uniform
+  pairs = (1 - _PSEUDOCOUNT) * observed + uniform / (kinds + 1)
   # A residue is of one kind only.
   blocks = pairs.reshape(length, kinds, length, kinds)
   columns = np.arange(length)

@@ -8,7 +8,8 @@ from matplotlib.ticker import MaxNLocator
 
 from attention.plots.patterns import DPI
 
-_RIGHT, _WRONG, _TRUE = '#1f77b4', '#d62728', '0.6'
+_SEPARATION = 6  # least distance along the sequence of the pairs shown
+_RIGHT, _WRONG, _UNKNOWN, _TRUE = '#1f77b4', '#d62728', '0.4', '0.6'
 
 
 def contact_map(
@@ -16,19 +17,18 @@ def contact_map(
   contacts=None,
   path: pathlib.Path | None = None,
   *,
-  separation: int = 6,
   title: str = '',
 ) -> Figure:
   """Plot predicted contacts above the diagonal, and true ones below.
 
-  As many pairs are predicted as there are positions. A predicted pair is blue
+  As many pairs, at separations of 6 or more, are predicted as there are
+  positions. A predicted pair is blue
   if it is a contact, red if it is none, and grey if that is not known.
 
   Args:
     scores: [l, l], higher for likelier contacts.
     contacts: [l, l] 1 for contacts, nan for unknown pairs; None: all unknown.
     path: the output PNG file, if any.
-    separation: least distance along the sequence of the pairs shown.
     title: title of the figure.
 
   Returns:
@@ -46,7 +46,7 @@ def contact_map(
     raise ValueError(
       f'contacts: expected shape {scores.shape} as scores, got {contacts.shape}'
     )
-  i, j = np.triu_indices(length, separation)
+  i, j = np.triu_indices(length, _SEPARATION)
   top = np.argsort(-scores[i, j], kind='stable')[:length]
   i_top, j_top = i[top], j[top]
   truth = contacts[i_top, j_top]
@@ -54,32 +54,28 @@ def contact_map(
   figure = Figure(figsize=(6, 6.8), layout='constrained')
   axes = figure.subplots()
   size = max(3.5, 300 / length) ** 2  # in points², at least visible
-  for is_shown, colour, label in (
-    (truth == 1, _RIGHT, 'predicted, a contact'),
-    (truth == 0, _WRONG, 'predicted, no contact'),
-    (np.isnan(truth), '0.4', 'predicted, unknown'),
+  is_true = contacts[i, j] == 1
+  for rows, columns, colour, label in (
+    (i_top[truth == 1], j_top[truth == 1], _RIGHT, 'predicted, a contact'),
+    (i_top[truth == 0], j_top[truth == 0], _WRONG, 'predicted, no contact'),
+    (
+      i_top[np.isnan(truth)],
+      j_top[np.isnan(truth)],
+      _UNKNOWN,
+      'predicted, unknown',
+    ),
+    (j[is_true], i[is_true], _TRUE, 'true contacts'),
   ):
-    if is_shown.any():
+    if len(rows):
       axes.scatter(
-        j_top[is_shown] + 1,
-        i_top[is_shown] + 1,
+        columns + 1,
+        rows + 1,
         s=size,
         marker='s',
         color=colour,
         linewidths=0,
-        label=f'{label}: {is_shown.sum()}',
+        label=f'{label}: {len(rows)}',
       )
-  is_true = contacts[i, j] == 1
-  if is_true.any():
-    axes.scatter(
-      i[is_true] + 1,
-      j[is_true] + 1,
-      s=size,
-      marker='s',
-      color=_TRUE,
-      linewidths=0,
-      label=f'true contacts: {is_true.sum()}',
-    )
   axes.plot([1, length], [1, length], color='0.8', linewidth=0.8, zorder=0)
   axes.set(
     xlim=(0.5, length + 0.5),

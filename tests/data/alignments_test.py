@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from attention.data import alignments
-from attention.data.alignments import Family, letters, read, sequence_weights
+from attention.data.alignments import Rows, letters, read, sequence_weights
 
 A3M = """# comment
 >query a family
@@ -64,8 +64,8 @@ def test_files_are_read_in_the_columns_of_the_query(tmp_path, name, text, rows):
 
 
 def test_rare_residues_are_read_like_common_ones(tmp_path):
-  found = read(_write(tmp_path, 'x.a3m', '>q\nBZUXOJ\n>o\n------\n'))
-  assert letters(found.residues[0]) == 'DECXXX'
+  found = read(_write(tmp_path, 'x.a3m', '>q\nBZUOJ\n>o\n-----\n'))
+  assert letters(found.residues[0]) == 'DECXX'
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_weights_count_copies_once():
 
 def _family(**changes):
   fields = dict(length=40, num_sequences=30, batch_size=500, seed=3)
-  return Family.load(**{**fields, **changes})
+  return Rows.load(**{**fields, **changes})
 
 
 def test_batches_depend_on_seed_and_step_only():
@@ -116,7 +116,7 @@ def test_batches_depend_on_seed_and_step_only():
 def test_rows_are_drawn_in_proportion_to_their_weights():
   rows = np.eye(10, dtype=np.int8)
   rows = np.concatenate([rows[:1]] * 8 + [rows[:1] + 5])
-  family = Family(alignments.Alignment('', rows), 4_000, 0)
+  family = Rows(alignments.Alignment('', rows), 4_000, 0)
   drawn = family.batch(0)['residues'][:, 0]
   # Eight copies weigh as much as the other sequence.
   assert abs((drawn == 1).mean() - 0.5) < 0.05

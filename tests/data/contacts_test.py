@@ -1,17 +1,9 @@
 """Scores of pairs, precisions and files of contacts."""
 
-import os
-import pathlib
-
 import numpy as np
 import pytest
 
 from attention.data import alignments, contacts, proteins, structures
-
-_DATA = os.environ.get('ATTENTION_TEST_DATA')
-needs_data = pytest.mark.skipif(
-  not _DATA, reason='ATTENTION_TEST_DATA is unset'
-)
 
 
 def _random_scores(length, seed=0):
@@ -72,7 +64,6 @@ def test_mean_field_dca_finds_the_contacts_of_a_generated_family():
   assert contacts.precisions(scores, family.contacts)['all L/2'] > 0.6
 
 
-@needs_data
 @pytest.mark.parametrize(
   ('name', 'structure', 'chain', 'expected'),
   [
@@ -85,9 +76,9 @@ def test_mean_field_dca_finds_the_contacts_of_a_generated_family():
   ],
 )
 def test_mean_field_dca_has_the_published_precision(
-  name, structure, chain, expected
+  name, structure, chain, expected, real_files
 ):
-  folder = pathlib.Path(_DATA) / 'msa'
+  folder = real_files / 'msa'
   alignment = alignments.read(str(folder / f'{name}.a3m'))
   truth = contacts.of_distances(
     structures.distances(str(folder / structure), chain, alignment.query)

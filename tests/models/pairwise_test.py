@@ -13,11 +13,10 @@ LENGTH, HEADS, SIZE = 7, 3, 4
 
 
 def _create(kind, **fields):
+  fields |= dict(num_heads=HEADS, key_size=SIZE)
   make = functools.partial(
     models.create, 'pairwise', length=LENGTH, kind=kind, **fields
   )
-  heads = dict(num_heads=HEADS, key_size=SIZE)
-  make = functools.partial(make, **heads)
   apply = hk.without_apply_rng(hk.transform(lambda x: make()(x)))
   couplings = hk.without_apply_rng(hk.transform(lambda: make().couplings()))
   rng = np.random.default_rng(0)

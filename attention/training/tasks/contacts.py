@@ -10,7 +10,7 @@ import numpy as np
 
 from attention import models, plots
 from attention.data import contacts
-from attention.data.alignments import Alignment, Family
+from attention.data.alignments import Alignment, Rows
 from attention.models.losses import token_cross_entropy
 from attention.models.pairwise import NUM_RESIDUES
 
@@ -27,7 +27,7 @@ class Contacts:
   loss_unit = 'nats per residue'
   example_name = 'best pairs'
 
-  def __init__(self, length: int, model: dict, data: Family | None = None):
+  def __init__(self, length: int, model: dict, data: Rows | None = None):
     """Create a task; `create` and `load` do so from a config."""
     self.data = data
     self._length = length
@@ -51,7 +51,7 @@ class Contacts:
   def create(cls, config, record: dict | None = None) -> 'Contacts':
     """Create the task of a config, with its data; `record` is not used."""
     del record
-    data = Family.load(seed=config.seed, **config.data)
+    data = Rows.load(seed=config.seed, **config.data)
     length = data.alignment.residues.shape[1]
     return cls(length, config.model.to_dict(), data)
 

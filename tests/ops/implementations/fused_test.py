@@ -13,7 +13,8 @@ from attention.ops import biases
 from attention.ops.arguments import check
 from attention.ops.implementations import reference
 from attention.ops.implementations.dispatch import dispatch
-from attention.ops.implementations.fused import Tpu, Triton, gpu, operands
+from attention.ops.implementations.fused import Tpu, Triton, operands
+from attention.ops.implementations.fused.gpu_launch import Launch
 from attention.ops.implementations.fused.tile import dot
 from attention.ops.platforms import default_platform
 
@@ -147,17 +148,25 @@ def test_outputs_and_gradients_match_the_reference(case, kind, assert_close):
     assert_close(x, y, scale=scale)
 
 
-@pytest.mark.parametrize('dtype', ['bfloat16', 'float32'])
-@pytest.mark.parametrize('size', [8, 64, 128, 256])
-def test_stages_fit_into_the_shared_memory_of_small_gpus(size, dtype):
-  qkv = [jnp.zeros((1, 128, 2, size), dtype)] * 3
-  checked = check(*qkv, bias=jnp.zeros((2, 128, 128)))
-  shape, arrays = operands.prepare(*checked)
-  for kernel in ('forward', 'query', 'key', 'bias'):
-    launch = gpu.Launch.choose(kernel, shape, arrays, Triton())
-    tile = launch.queries * launch.keys * 4 * (kernel != 'bias')
-    rows = min(launch.queries, launch.keys) * size * qkv[0].dtype.itemsize
-    assert launch.stages == 1 or launch.stages * (tile + rows) < 99 * 2**10
+@pytest.mark.parametrize(
+  ('kernel', 'size', 'bias', 'stages'),
+  [
+    # KiB: what is kept, and per stage: blocks of keys and values, and a tile.
+    ('forward', 32, 'float32', 4),  # 8 + 4 · (4 + 16)
+    ('forward', 64, 'bfloat16', 3),  # 8 + 3 · (16 + 8)
+    ('forward', 64, 'float32', 2),  # 8 + 3 · (16 + 16) = 104 > 96
+    ('query', 128, 'float32', 1),  # 32 + 2 · (32 + 16) = 128 > 96
+    ('bias', 64, 'float32', 2),  # 2 · 32
+    ('bias', 128, 'float32', 1),  # 2 · 64 = 128 > 96
+  ],
+)
+def test_stages_fit_into_the_shared_memory_of_small_gpus(
+  kernel, size, bias, stages
+):
+  qkv = [jnp.zeros((1, 128, 2, size), jnp.bfloat16)] * 3
+  checked = check(*qkv, bias=jnp.zeros((2, 128, 128), bias))
+  launch = Launch.choose(kernel, *operands.prepare(*checked), Triton())
+  assert launch.stages == stages
 
 
 @pytest.mark.parametrize('kind', KINDS)

@@ -1,7 +1,6 @@
 """Runs of the task `contacts`, and its command."""
 
 import json
-import os
 import pathlib
 import shutil
 
@@ -14,7 +13,6 @@ from attention.data import contacts
 from attention.training import command_line, loop, tasks, trained
 
 _ROOT = pathlib.Path(__file__).parents[3]
-_DATA = os.environ.get('ATTENTION_TEST_DATA')
 
 
 def _config(size='debug', **changes):
@@ -115,16 +113,15 @@ def test_mistakes_are_reported_before_training(tmp_path, run, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not _DATA, reason='ATTENTION_TEST_DATA is unset')
 @pytest.mark.parametrize('size', ['', 'potts'])
 def test_a_real_family_gives_better_contacts_than_the_baseline(
-  size, tmp_path, capsys
+  size, tmp_path, capsys, real_files
 ):
-  path = f'{_DATA}/msa/4zey_A.a3m'
+  path = f'{real_files}/msa/4zey_A.a3m'
   config = _config(size, **{'data.path': path})
   loop.train(config, tmp_path / 'run')
   capsys.readouterr()
-  words = f'--structure={_DATA}/msa/4zey.cif', '--chain=A'
+  words = f'--structure={real_files}/msa/4zey.cif', '--chain=A'
   assert main(['contacts', f'--workdir={tmp_path}/run', *words]) == 0
   first = capsys.readouterr().out.splitlines()[0].split()
   assert first[:2] == ['all', 'L/1']

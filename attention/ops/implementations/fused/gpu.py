@@ -21,6 +21,7 @@ from attention.ops.implementations.fused.bias_gradient import (
   ArrayReduction,
   DistanceReduction,
 )
+from attention.ops.implementations.fused.gpu_launch import Launch, next_power
 from attention.ops.implementations.fused.gpu_tiles import (
   GpuTile,
   key_spans,
@@ -32,90 +33,12 @@ from attention.ops.implementations.fused.gpu_tiles import (
 from attention.ops.implementations.fused.operands import (
   LOG2E,
   Distances,
-  PerRow,
-  Shape,
 )
 from attention.ops.implementations.fused.tile import dot
 from attention.ops.masks import LEAST
 
 _MIN_PROGRAMS = 600  # to fill a GPU: four per multiprocessor, or more
 _MAX_PARTS = 16  # that a bias gradient is split into
-_SHARED_MEMORY = 96 * 2**10  # bytes; the smallest GPUs have 99 KiB
-
-
-@dataclasses.dataclass(frozen=True)
-class Launch:
-  """Block sizes, warps and pipeline stages of a kernel; whether interpreted."""
-
-  queries: int
-  keys: int
-  warps: int = 4
-  stages: int = 2
-  interpret: bool = False
-
-  @classmethod
-  def choose(cls, kernel: str, shape: Shape, arrays, settings) -> 'Launch':
-    """Choose by the bytes of a position in one head; see `_LAUNCHES`."""
-    query, *_, options = arrays[:4]
-    channels = _next_power(max(shape.key_size, shape.value_size))
-    size = channels * query.dtype.itemsize
-    sizes = _LAUNCHES[kernel]
-    limit = min(limit for limit in sizes if size <= limit)
-    queries, keys, warps, stages = sizes[limit]
-    queries = min(queries, _next_power(shape.num_query))
-    keys = min(keys, _next_power(shape.num_key))
-    # Shared memory: what a program keeps, and what each stage loads.
-    kept, loaded = {
-      'forward': (queries, 2 * keys),
-      'query': (2 * queries, 2 * keys),
-      'key': (2 * keys, 2 * queries),
-      'bias': (0, 2 * (queries + keys)),
-    }[kernel]
-    loaded *= size
-    if kernel != 'bias' and isinstance(options.bias, PerRow):
-      loaded += queries * keys * options.bias.array.dtype.itemsize
-    stages = max(1, min(stages, (_SHARED_MEMORY - kept * size) // loaded))
-    return cls(queries, keys, warps, stages, settings.interpret)
-
-
-# (queries, keys, warps, stages) by kernel and by the largest number of bytes
-# per position and head. The first three sizes are the fastest of those tried on
-# an H200, in bfloat16: 64 with a pair bias, 128 and 256 with a causal mask.
-_LAUNCHES = {
-  'forward': {
-    64: (128, 32, 4, 4),
-    128: (64, 64, 4, 3),
-    256: (64, 64, 4, 2),
-    512: (64, 32, 4, 2),
-    1024: (32, 32, 8, 1),
-  },
-  'query': {
-    64: (64, 32, 4, 2),
-    128: (64, 32, 4, 3),
-    256: (64, 64, 4, 2),
-    512: (32, 32, 4, 2),
-    1024: (16, 32, 8, 1),
-  },
-  'key': {
-    64: (64, 64, 4, 1),
-    128: (64, 64, 4, 2),
-    256: (32, 64, 4, 3),
-    512: (32, 32, 4, 2),
-    1024: (16, 32, 8, 1),
-  },
-  'bias': {
-    64: (64, 64, 4, 3),
-    128: (64, 64, 4, 2),
-    256: (64, 64, 8, 2),
-    512: (32, 32, 4, 2),
-    1024: (16, 32, 8, 1),
-  },
-}
-
-
-def _next_power(n):
-  """The least power of two >= n and >= 16, the smallest matmul size."""
-  return max(16, 2 ** math.ceil(math.log2(n)))
 
 
 def forward(settings, query, key, value, options):
@@ -151,9 +74,9 @@ def backward(
   # Each query's Σ weight · d_weight, from its output (Dao et al. 2022).
   delta = (d_output.astype(jnp.float32) * output.astype(jnp.float32)).sum(-1)
   arrays = (*arrays, _saved(shape, d_output, top, log_total, delta))
-  (dq,) = query_gradient(settings, shape, arrays)
-  dk, dv = key_gradients(settings, shape, arrays)
-  d_bias = bias_gradient(settings, shape, arrays, options.bias)
+  (dq,) = _gradients(_query_kernel, 'query', settings, shape, arrays)
+  dk, dv = _gradients(_key_kernel, 'key', settings, shape, arrays)
+  d_bias = _bias_gradient(settings, shape, arrays, options.bias)
   d_sinks = operands.sinks_gradient(options, top, log_total, delta)
   return (
     dq.reshape(query.shape),
@@ -170,43 +93,26 @@ def _saved(shape, d_output, *stats):
   return (d_output.reshape(*flat, -1), *stats)
 
 
-def query_gradient(settings, shape, arrays):
-  """The query's gradient, with a program per query block."""
-  launch = Launch.choose('query', shape, arrays, settings)
-  return _gradients(
-    functools.partial(_query_kernel, shape, launch),
+def _gradients(kernel, name, settings, shape, arrays):
+  """Gradients of 'query', or of 'key' and value: a program per block of it."""
+  launch = Launch.choose(name, shape, arrays, settings)
+  if name == 'query':
+    axis, heads, likes = 0, shape.heads, arrays[:1]
+    blocks = pl.cdiv(shape.num_query, launch.queries)
+  else:
+    axis, heads, likes = 1, shape.groups, arrays[1:3]
+    blocks = pl.cdiv(shape.num_key, launch.keys)
+  limits = operands.limits(shape, arrays[3], launch.queries, launch.keys, axis)
+  return _call(
+    functools.partial(kernel, shape, launch),
     launch,
-    (pl.cdiv(shape.num_query, launch.queries), shape.heads, shape.rows),
-    arrays[:1],
-    (
-      *arrays,
-      operands.limits(shape, arrays[3], launch.queries, launch.keys, 0),
-    ),
+    (blocks, heads, shape.rows),
+    tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in likes),
+    (*arrays, limits),
   )
 
 
-def key_gradients(settings, shape, arrays):
-  """Gradients of key and value, with a program per key block."""
-  launch = Launch.choose('key', shape, arrays, settings)
-  return _gradients(
-    functools.partial(_key_kernel, shape, launch),
-    launch,
-    (pl.cdiv(shape.num_key, launch.keys), shape.groups, shape.rows),
-    arrays[1:3],
-    (
-      *arrays,
-      operands.limits(shape, arrays[3], launch.queries, launch.keys, 1),
-    ),
-  )
-
-
-def _gradients(kernel, launch, grid, likes, arrays):
-  """Gradients of the arrays `likes`."""
-  outputs = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in likes)
-  return _call(kernel, launch, grid, outputs, arrays)
-
-
-def bias_gradient(settings, shape, arrays, bias):
+def _bias_gradient(settings, shape, arrays, bias):
   """The gradient of the options' bias, or None without a bias."""
   operand, conditions = arrays[3].bias, arrays[3].conditions
   if operand is None:
@@ -305,7 +211,7 @@ def _forward_kernel(shape, launch, place, inputs, outputs):
 
   top = jnp.full((launch.queries,), LEAST * LOG2E, jnp.float32)
   values = jnp.zeros(
-    (launch.queries, _next_power(shape.value_size)), jnp.float32
+    (launch.queries, next_power(shape.value_size)), jnp.float32
   )
   spans = key_spans(shape, options, limits, launch, row, head, block)
   carry = (top, jnp.zeros_like(top), values)
@@ -369,7 +275,7 @@ def _query_kernel(shape, launch, place, inputs, outputs):
       d_logits = d_logits * slope
     return total + dot(d_logits.astype(key.dtype), key, (1, 0))
 
-  total = jnp.zeros((launch.queries, _next_power(shape.key_size)), jnp.float32)
+  total = jnp.zeros((launch.queries, next_power(shape.key_size)), jnp.float32)
   spans = key_spans(shape, options, limits, launch, row, head, block)
   total = _fold(step, total, spans) * options.scale
   store(outputs[0], total, row, queries, head, launch.queries)
@@ -408,7 +314,7 @@ def _key_kernel(shape, launch, place, inputs, outputs):
     return _fold(functools.partial(step, head), carry, spans)
 
   carry = tuple(
-    jnp.zeros((launch.keys, _next_power(size)), jnp.float32)
+    jnp.zeros((launch.keys, next_power(size)), jnp.float32)
     for size in (shape.key_size, shape.value_size)
   )
   if shape.shared == 1:

@@ -1,13 +1,13 @@
 """Loads and stores of GPU kernels, and the blocks that masks leave."""
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import triton
 
+from attention.ops.implementations.fused.gpu_launch import next_power
 from attention.ops.implementations.fused.operands import is_per_row
 from attention.ops.implementations.fused.tile import Tile, combine
 from attention.ops.masks import Dense, Segments
@@ -22,7 +22,7 @@ def _load(place, mask, other=0):
 def _place(ref, row, positions, head, block):
   """A block of [rows, length, heads, c], channels padded to a power of two."""
   length, size = ref.shape[1], ref.shape[3]
-  channels = jnp.arange(max(16, 2 ** math.ceil(math.log2(size))))[None]
+  channels = jnp.arange(next_power(size))[None]
   mask = combine(
     None if length % block == 0 else positions[:, None] < length,
     None if channels.shape[1] == size else channels < size,
