@@ -123,12 +123,21 @@ def describe(name):
 
 def make_rows(work_name, work, chosen, excluded=''):
   """Create a row for each pass and each peer that is chosen."""
-  return [
-    {'work': work_name, 'pass': name, 'peer': peer}
-    for name in work.passes
+  peers = [
+    peer
     for peer in work.peers
     if not (excluded and excluded in peer)
     if not chosen or peer in chosen
+  ]
+  if not peers:
+    raise ValueError(
+      f'--peers: expected some of {", ".join(work.peers)}, got '
+      f'{", ".join(chosen)}'
+    )
+  return [
+    {'work': work_name, 'pass': name, 'peer': peer}
+    for name in work.passes
+    for peer in peers
   ]
 
 
@@ -377,6 +386,8 @@ def run_tests():
 def main():
   arguments = parse()
   console, results, is_good = Console(), [], True
+  if not console.is_terminal:  # a narrow table would cut its numbers
+    console = Console(width=120)
   if arguments.check:
     is_good = run_tests()
   for device in arguments.device.split(','):

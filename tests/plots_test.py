@@ -178,3 +178,26 @@ def test_hovering_in_a_browser_shows_the_weights(tmp_path, side, keys):
   assert weights[2] == f'{num_keys}x5'
   assert '</script> (2) attends to' in shown
   assert re.search(r'\d then Hover over a token', shown), 'stale status'
+
+
+def test_a_contact_map_counts_right_wrong_and_unknown_pairs(tmp_path):
+  length = 30
+  scores, contacts = np.zeros((2, length, length))
+  for rank, (i, j, truth) in enumerate(
+    [(0, 9, 1), (1, 20, 1), (2, 9, 0), (3, 29, np.nan), (4, 9, 1)]
+  ):
+    scores[i, j] = scores[j, i] = 9 - rank
+    contacts[i, j] = contacts[j, i] = truth
+  contacts[5, 28] = contacts[28, 5] = 1  # true, not among the top 30
+  path = tmp_path / 'new' / 'map.png'
+  figure = plots.contact_map(scores, contacts, path)
+  labels = [t.get_text() for t in figure.legends[0].get_texts()]
+  assert [label for label in labels if 'no contact' not in label] == [
+    'predicted, a contact: 2',
+    'predicted, unknown: 1',
+    'true contacts: 3',
+  ]
+  assert 'predicted, no contact: 27' in labels
+  assert path.stat().st_size > 5_000
+  with pytest.raises(ValueError, match='contacts: expected shape'):
+    plots.contact_map(scores, contacts[1:])
