@@ -317,11 +317,12 @@ def show(console, rows, title, caption):
   for column in columns:
     header, style = _COLUMNS[column]
     table.add_column(header, no_wrap=style == '{}')
-  for row, following in zip(shown, [*shown[1:], {}], strict=True):
+  for row, following in zip(shown, [*shown[1:], {}], strict=False):
     cells = (_COLUMNS[c][1].format(row[c]) if c in row else '' for c in columns)
     ends = any(row.get(c) != following.get(c) for c in ('work', 'pass'))
     table.add_row(*cells, end_section=ends)
-  console.print(table)
+  if shown:
+    console.print(table)
   for row in rows:
     if 'note' in row:
       words = (row[c] for c in ('work', 'pass', 'peer') if c in row)
