@@ -13,8 +13,8 @@ import jax.numpy as jnp
 
 import attention
 from attention import plots
+from attention.data import alignments, structures, translation
 from attention.data import contacts as contact_maps
-from attention.data import structures, translation
 from attention.ops.platforms import PLATFORMS
 from attention.training import command_line, tasks, trained, translate_lines
 from attention.training.devices import catalogue, report
@@ -100,26 +100,40 @@ def evaluate(arguments) -> int:
 
 
 def contacts(arguments) -> int:
-  """Rank the contacts that a run has found, and compare them to a structure."""
+  """Rank the contacts that a model finds, and compare them to a structure."""
   set_up_jax()
   workdir = pathlib.Path(arguments.workdir)
   config = run_files.load_config(workdir)
-  if config.task != 'contacts':
+  if config.task not in ('contacts', 'msa'):
     raise ValueError(
-      f"{workdir}: expected a run of task 'contacts', got one of "
+      f"{workdir}: expected a run of task 'contacts' or 'msa', got one of "
       f'{config.task!r}'
     )
-  task = tasks.create(config, run_files.load_data(workdir))
-  known, alignment = task.alignment.contacts, task.alignment
+  given = []
+  if arguments.alignment:
+    if config.task == 'contacts':
+      raise ValueError(
+        f'--alignment: {workdir} is a model of one alignment, '
+        f'{config.data.path or "a generated one"}; train on the other, or use '
+        "a run of task 'msa'"
+      )
+    given = [alignments.read(arguments.alignment)]
+    task = tasks.load(config, workdir)
+  else:
+    task = tasks.create(config, run_files.load_data(workdir))
+  alignment = given[0] if given else task.alignment
+  known = alignment.contacts
   if arguments.structure:
     known = contact_maps.of_distances(
       structures.distances(
         arguments.structure, arguments.chain, alignment.query
       )
     )
-  scores = task.scores(trained.params(workdir, task))
+  scores = task.scores(trained.params(workdir, task), *given)
   if known is not None:
-    baseline = contact_maps.precisions(task.baseline, known)
+    baseline = contact_maps.precisions(
+      contact_maps.mean_field_dca(alignment.residues, alignment.weights), known
+    )
     for name, value in contact_maps.precisions(scores, known).items():
       print(f'{name} {value:.2f} (mean-field DCA {baseline[name]:.2f})')
   out = pathlib.Path(arguments.out or workdir / 'contacts.rr')
@@ -299,6 +313,11 @@ def _parser():
   add = commands.add_parser('contacts', help=contacts.__doc__)
   add.add_argument('--workdir', required=True, help='folder of the run')
   add.add_argument(
+    '--alignment',
+    help="alignment file, for a run of task 'msa' (default: its first held-out "
+    'family)',
+  )
+  add.add_argument(
     '--structure', default='', help='PDB or mmCIF file to compare to'
   )
   add.add_argument(
@@ -313,7 +332,11 @@ def _parser():
 
   add = commands.add_parser('plot', help=plot.__doc__)
   add.add_argument('--workdir', required=True, help='folder of the run')
-  add.add_argument('--text', required=True, help='input text of the model')
+  add.add_argument(
+    '--text',
+    required=True,
+    help="input text; for a run of task 'msa', an alignment file",
+  )
   add.add_argument(
     '--layers', help='numbers or paths, such as 0,2 (default: all)'
   )

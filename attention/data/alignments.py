@@ -7,7 +7,7 @@ import pathlib
 
 import numpy as np
 
-from attention.data import proteins
+from attention.data import contacts, proteins
 from attention.data.files import read_lines
 from attention.data.proteins import GAP, RESIDUES
 
@@ -38,12 +38,21 @@ class Alignment:
 
   name: str  # source of the alignment
   residues: np.ndarray  # [n, l] int8 ids; row 0, the query, has no gaps
-  contacts: np.ndarray | None = None  # [l, l] bool, if known
+  # Residues of each row left of each column that the query lacks, [n, l].
+  deletions: np.ndarray | None = None  # None: no row has any
+  distances: np.ndarray | None = None  # [l, l] in Å, nan or None if unknown
 
   @property
   def query(self) -> str:
     """The first sequence, in letters."""
     return letters(self.residues[0])
+
+  @property
+  def contacts(self) -> np.ndarray | None:
+    """True contacts [l, l], nan or None if unknown."""
+    if self.distances is None:
+      return None
+    return contacts.of_distances(self.distances)
 
   @functools.cached_property
   def sha256(self) -> str:
@@ -98,14 +107,7 @@ class Rows:
       raise ValueError(
         f'data.num_sequences: expected 2 or more, got {num_sequences}'
       )
-    try:
-      family = proteins.family(seed, length, num_sequences)
-    except ValueError as error:
-      raise ValueError(f'data.{error}') from None
-    name = f'a generated family (seed {seed})'
-    return cls(
-      Alignment(name, family.residues, family.contacts), batch_size, seed
-    )
+    return cls(generate(seed, length, num_sequences), batch_size, seed)
 
   def batch(self, step: int) -> dict[str, np.ndarray]:
     """Return {'residues': [batch_size, l] int32}, the same for equal steps."""
@@ -113,6 +115,21 @@ class Rows:
     rng = np.random.default_rng([self.seed, step])
     rows = rng.choice(len(weights), self.batch_size, p=weights / weights.sum())
     return {'residues': self.alignment.residues[rows].astype(np.int32)}
+
+
+def generate(seed: int, length: int, num_sequences: int) -> Alignment:
+  """Generate a family with known distances; see `proteins.family`.
+
+  Raises:
+    ValueError: `length` or `num_sequences` is too small, by its config key.
+  """
+  try:
+    family = proteins.family(seed, length, num_sequences)
+  except ValueError as error:
+    raise ValueError(f'data.{error}') from None
+  name = f'a generated family (seed {seed})'
+  distances = np.float32(family.distances)
+  return Alignment(name, family.residues, distances=distances)
 
 
 def letters(residues) -> str:
@@ -125,7 +142,8 @@ def read(path: str) -> Alignment:
 
   The formats, by suffix, are a3m (.a3m), aligned FASTA (.fasta, .fa, .afa,
   .aln, .fas) and Stockholm (.sto, .stk). Columns in which the first sequence
-  has a gap are dropped, like the insertions of a3m (lower case and '.').
+  has a gap are dropped, like the insertions of a3m (lower case and '.'), and
+  their residues counted as deletions.
 
   Raises:
     ValueError: an unknown suffix, fewer than two sequences, sequences of
@@ -133,15 +151,13 @@ def read(path: str) -> Alignment:
       line.
     OSError: the file cannot be read.
   """
-  suffix = pathlib.Path(path.removesuffix('.gz')).suffix.lower()
-  kinds = [kind for kind, known in _FORMATS.items() if suffix in known]
-  if not kinds:
+  kind = kind_of(path)
+  if kind is None:
     known = ', '.join(s for suffixes in _FORMATS.values() for s in suffixes)
     raise ValueError(
       f'{path}: expected an alignment with one of the suffixes {known} (or '
-      f'with .gz after it), got {suffix!r}'
+      f'with .gz after it), got {_suffix(path)!r}'
     )
-  (kind,) = kinds
   lines = read_lines(path)
   parse = _stockholm if kind == 'stockholm' else _fasta
   is_a3m = kind == 'a3m'
@@ -151,18 +167,32 @@ def read(path: str) -> Alignment:
     raise ValueError(
       f'{path}: expected an alignment of 2 or more sequences, got {len(rows)}'
     )
-  length = len(rows[0])
-  for row, (number, name, _) in zip(rows, records, strict=True):
+  length = len(rows[0][0])
+  for (row, _), (number, name, _) in zip(rows, records, strict=True):
     if len(row) != length:
       raise ValueError(
         f'{path}: line {number}: sequence {name!r} fills {len(row)} columns, '
         f'expected {length} as in the first sequence'
       )
-  residues = np.stack(rows)
-  residues = residues[:, residues[0] != GAP]
-  if not residues.shape[1]:
+  residues, deletions = map(np.stack, zip(*rows, strict=True))
+  is_kept = residues[0] != GAP
+  if not is_kept.any():
     raise ValueError(f'{path}: the first sequence has no residues')
-  return Alignment(path, residues)
+  # Residues in dropped columns come before the next column that is kept.
+  dropped = (residues != GAP) & ~is_kept
+  before = (deletions + dropped).cumsum(1)[:, is_kept]
+  deletions = np.diff(before, axis=1, prepend=0).astype(np.int16)
+  return Alignment(path, residues[:, is_kept], deletions)
+
+
+def kind_of(path: str) -> str | None:
+  """'a3m', 'fasta' or 'stockholm', by the suffix; None for other files."""
+  kinds = [k for k, known in _FORMATS.items() if _suffix(path) in known]
+  return kinds[0] if kinds else None
+
+
+def _suffix(path):
+  return pathlib.Path(path.removesuffix('.gz')).suffix.lower()
 
 
 def _fasta(path, lines):
@@ -205,13 +235,15 @@ def _stockholm(path, lines):
 
 
 def _row(path, is_a3m, number, name, sequence):
-  """Encode a sequence, without its insertions: [l] int8."""
-  if is_a3m:
-    sequence = ''.join(c for c in sequence if not c.islower() and c != '.')
+  """Encode a sequence: ids [l] int8, and its insertions before each, [l]."""
+  inserted = np.array([is_a3m and c.islower() for c in sequence], bool)
+  is_column = ~inserted & [not (is_a3m and c == '.') for c in sequence]
+  insertions = np.diff(inserted.cumsum()[is_column], prepend=0)
+  letters = [c for c, x in zip(sequence.upper(), is_column, strict=True) if x]
   try:
-    return np.array([_IDS[c] for c in sequence.upper()], np.int8)
+    return np.array([_IDS[c] for c in letters], np.int8), insertions
   except KeyError as error:
-    column = sequence.upper().index(error.args[0]) + 1
+    column = letters.index(error.args[0]) + 1
     raise ValueError(
       f'{path}: line {number}: sequence {name!r} has {error.args[0]!r} in '
       f'column {column}, which is no residue'

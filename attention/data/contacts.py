@@ -91,6 +91,15 @@ def ranked(
   return i[order], j[order]
 
 
+def best_pairs(query: str, scores: np.ndarray, count: int = 10) -> str:
+  """List the pairs of highest score, such as 'K3 – V27', a line each."""
+  i, j = ranked(scores, SEPARATIONS['all'])
+  return '\n'.join(
+    f'{query[a]}{a + 1} – {query[b]}{b + 1}'
+    for a, b in zip(i[:count], j[:count], strict=True)
+  )
+
+
 def precisions(scores: np.ndarray, contacts: np.ndarray) -> dict[str, float]:
   """Return the fraction of contacts among the pairs of highest score.
 

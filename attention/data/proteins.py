@@ -30,7 +30,7 @@ import numpy as np
 RESIDUES = 'ARNDCQEGHILKMFPSTWYV'  # in the order of their ids; 20 is unknown
 GAP = 21
 _FAR = 6  # separation from which contacts tell of the fold
-_MIN_LENGTH = 30
+MIN_LENGTH = 30
 _FIGURES = np.array(
   [
     # Frequency %, hydropathy, charge, volume, helix, strand, turn.
@@ -95,8 +95,13 @@ class Family:
   """An alignment of n sequences, and the fold of l positions they share."""
 
   residues: np.ndarray  # [n, l] int8: 0–19, or GAP; row 0 has no gaps
-  contacts: np.ndarray  # [l, l] bool: Cβ atoms nearer than 8 Å, |i - j| >= 3
+  distances: np.ndarray  # [l, l] between Cβ atoms, in Å
   secondary: str  # [l]: H helix, E strand, L loop
+
+  @property
+  def contacts(self) -> np.ndarray:
+    """The pairs with couplings, [l, l] bool: nearer than 8 Å, |i - j| >= 3."""
+    return _contacts(self.distances)
 
 
 def family(seed: int, length: int, num_sequences: int) -> Family:
@@ -111,7 +116,7 @@ def family(seed: int, length: int, num_sequences: int) -> Family:
     ValueError: If `length` or `num_sequences` is too small.
   """
   for name, value, least in (
-    ('length', length, _MIN_LENGTH),
+    ('length', length, MIN_LENGTH),
     ('num_sequences', num_sequences, 1),
   ):
     if value < least:
@@ -119,12 +124,14 @@ def family(seed: int, length: int, num_sequences: int) -> Family:
   rng = np.random.default_rng([seed, length])
   segments = _segments(length, rng)
   secondary = ''.join(kind * size for kind, size in segments)
-  contacts = _contacts(_fold(segments, rng))
+  points = _fold(segments, rng)
+  distances = np.linalg.norm(points[:, None] - points, axis=-1)
+  contacts = _contacts(distances)
   fields = _fields(secondary, contacts, rng)
   weights = _weights(contacts, rng)
   residues = _sample(fields, weights, num_sequences, rng).astype(np.int8)
   residues[1:][_gaps(secondary, num_sequences - 1, rng)] = GAP
-  return Family(residues, contacts, secondary)
+  return Family(residues, distances, secondary)
 
 
 def _segments(length, rng):
@@ -215,9 +222,8 @@ def _close(known, points):
   return filled
 
 
-def _contacts(points):
-  distances = np.linalg.norm(points[:, None] - points, axis=-1)
-  return (distances < 8) & (_separations(len(points)) >= 3)
+def _contacts(distances):
+  return (distances < 8) & (_separations(len(distances)) >= 3)
 
 
 def _separations(length):

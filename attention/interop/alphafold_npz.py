@@ -14,6 +14,7 @@ import numpy as np
 from attention.interop.shapes import differences
 from attention.modules.evoformer import EvoformerStack
 
+_HEADS = 'masked_msa_head', 'distogram_head'
 _SCOPE = ('alphafold', 'alphafold_iteration', 'evoformer')
 # {stack name: whether it processes the extra alignment}
 _STACKS = {'evoformer_iteration': False, 'extra_msa_stack': True}
@@ -67,6 +68,49 @@ def load_params(path) -> dict:
   if wrong:
     raise ValueError(f'{path}: {"; ".join(wrong)}')
   return params
+
+
+def load_msa_params(path, like) -> dict:
+  """Load AlphaFold's parameters for an `attention.models.msa.MSA`.
+
+  AlphaFold adds constants from its templates' and recycled inputs' layers even
+  where it has none; these become part of biases of the model.
+
+  Args:
+    path: as `load_params`.
+    like: the model's parameters, or their shapes.
+
+  Returns:
+    Parameters like `like`, in float32.
+
+  Raises:
+    ValueError: as `load_params`, or if arrays of the model are missing in the
+      file or have other shapes (all are listed).
+  """
+  params = load_params(path)
+  iteration, trunk = '/'.join(_SCOPE[:2]), '/'.join(_SCOPE)
+
+  def find(scope, name):
+    return np.float32(params.get(scope, {}).get(name, np.nan))
+
+  found, wrong = {}, []
+  for scope, name, leaf in hk.data_structures.traverse(like):
+    rest = scope.partition('/')[2]
+    is_head = rest.startswith(_HEADS)
+    source = f'{iteration if is_head else trunk}/{rest}', name
+    if name == 'first_row':
+      source = f'{trunk}/prev_msa_first_row_norm', 'offset'
+    array = find(*source)
+    if array.shape != leaf.shape:
+      got = array.shape or 'none'
+      wrong.append(f'{"//".join(source)}: expected {leaf.shape}, got {got}')
+    elif (rest, name) == ('pair_activiations', 'bias'):
+      array = array + find(f'{trunk}/prev_pos_linear', 'bias')
+      array = array + find(f'{trunk}/prev_pair_norm', 'offset')
+    found.setdefault(scope, {})[name] = array
+  if wrong:
+    raise ValueError(f'{path}: {"; ".join(wrong)}')
+  return found
 
 
 def save_params(path, params) -> None:

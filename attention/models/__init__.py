@@ -4,14 +4,17 @@ import dataclasses
 
 from attention.models.classifier import Classifier
 from attention.models.gpt import GPT
+from attention.models.msa import MSA
 from attention.models.pairwise import Pairwise
 from attention.models.translator import Translator
+from attention.modules.evoformer import EvoformerStack
 from attention.modules.fields import check_count, hint
 from attention.modules.multihead import MultiHeadAttention
 
 _MODELS = {
   'classifier': Classifier,
   'gpt': GPT,
+  'msa': MSA,
   'pairwise': Pairwise,
   'translator': Translator,
 }
@@ -25,9 +28,19 @@ _POSITIVE = (
   'context_size',
   'vocab_size',
   'num_classes',
+  'num_blocks',
+  'msa_size',
+  'pair_size',
+  'extra_msa_size',
 )
-# Fields of MultiHeadAttention that a model sets itself.
-_SET = {'num_heads', 'dropout_rate', 'w_init', 'output_w_init', 'name'}
+# Modules whose fields are a dict in their model's; the model sets some itself.
+_PARTS = {
+  'attention': (
+    MultiHeadAttention,
+    {'num_heads', 'dropout_rate', 'w_init', 'output_w_init', 'name'},
+  ),
+  'evoformer': (EvoformerStack, {'num_blocks', 'is_extra_msa', 'name'}),
+}
 
 
 def classes() -> tuple[type, ...]:
@@ -39,10 +52,11 @@ def create(name: str, **fields):
   """Creates a model; call it inside `hk.transform`.
 
   Command lines cannot give None, so 0 and '' stand for it in optional fields,
-  such as `window` and `implementation`, and in those of `attention`.
+  such as `window` and `implementation`, and in those of `attention` and
+  `evoformer`.
 
   Args:
-    name: 'classifier', 'gpt', 'pairwise' or 'translator'.
+    name: 'classifier', 'gpt', 'msa', 'pairwise' or 'translator'.
     **fields: fields of the model's class.
 
   Raises:
@@ -60,10 +74,9 @@ def create(name: str, **fields):
 def resolve(name: str, fields: dict) -> dict:
   """The fields of a model with None for 0 and ''; see `create`."""
   fields = _resolve(_MODELS[name], fields, 'model')
-  if fields.get('attention'):
-    fields['attention'] = _resolve(
-      MultiHeadAttention, fields['attention'], 'model.attention', _SET
-    )
+  for part, (cls, hidden) in _PARTS.items():
+    if fields.get(part):
+      fields[part] = _resolve(cls, fields[part], f'model.{part}', hidden)
   return fields
 
 

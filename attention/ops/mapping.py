@@ -59,7 +59,7 @@ def map_rows(function, shared, *arrays, axis=0, is_whole=False):
         f'function: expected no closed-over arrays, got {len(consts)}; pass '
         'them in shared'
       )
-    return _Loop(traced, axis, size, count)
+    return Loop(traced, axis, size, count)
 
   cpu = loop(few)
   other = loop(max(1, _LARGE // cpu.bytes_of_row(shared, arrays)))
@@ -109,7 +109,7 @@ def _buffers(arrays, probe):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Loop:
+class Loop:
   """`map_rows` and its gradient for the block size of one platform."""
 
   function: Callable  # traced for blocks of `size` rows
@@ -117,10 +117,16 @@ class _Loop:
   size: int
   count: int  # total rows
 
+  def trace(self, shared, arrays):
+    """Return the jaxpr of the function for one block of rows."""
+    take = functools.partial(self._take, start=0)
+    blocks = jax.eval_shape(take, arrays)
+    return jax.make_jaxpr(self.function)(shared, *blocks).jaxpr
+
   def bytes_of_row(self, shared, arrays):
     """Return the bytes per row of the function's largest intermediate array."""
-    jaxpr = jax.make_jaxpr(self.function)(shared, *self._take(arrays, 0))
-    made = (x.aval for equation in jaxpr.eqns for x in equation.outvars)
+    equations = self.trace(shared, arrays).eqns
+    made = (x.aval for equation in equations for x in equation.outvars)
     return max(x.size * x.dtype.itemsize for x in made) // self.size
 
   def shapes(self, shared, arrays):

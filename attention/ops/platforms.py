@@ -94,19 +94,25 @@ def find(equation) -> tuple | None:
   """Return what an equation of a jaxpr calls, if `by_platform` created it.
 
   Returns:
-    (method, shapes of its arguments' leaves, number of repetitions by `vmap`),
-    or None for other equations.
+    (the first choice, method, its arguments as shapes and dtypes, number of
+    repetitions by `vmap`), or None for other equations.
   """
   if equation.primitive is not _by_platform:
     return None
+  params = equation.params
   shapes, times = [x.aval.shape for x in equation.invars], 1
-  for dims, size in equation.params['maps'][::-1]:
+  for dims, size in params['maps'][::-1]:
     times *= size
     shapes = [
       shape if dim is None else shape[:dim] + shape[dim + 1 :]
       for shape, dim in zip(shapes, dims, strict=True)
     ]
-  return equation.params['method'], shapes, times
+  leaves = [
+    jax.ShapeDtypeStruct(shape, x.aval.dtype)
+    for shape, x in zip(shapes, equation.invars, strict=True)
+  ]
+  arguments = jax.tree.unflatten(params['tree'], leaves)
+  return params['choices'][0][1], params['method'], arguments, times
 
 
 _by_platform = Primitive('attention_by_platform')

@@ -162,6 +162,9 @@ class _Run:
     else:
       init = self.step.compile_init().result()
       state = init()
+      if (params := getattr(self.task, 'pretrained', None)) is not None:
+        shardings = jax.tree.map(lambda x: x.sharding, state['params'])
+        state['params'] = jax.device_put(params, shardings)
     compiling.result()
     self.report.print(f'compiled in {time.perf_counter() - clock:.1f} s')
     if self.start:

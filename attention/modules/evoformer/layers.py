@@ -90,6 +90,8 @@ class MSARowAttentionWithPairBias(_AxialAttention):
   `attention` (see `GatedAttention`).
   """
 
+  with_pair_bias: bool = True  # False: without `feat_2d_*`
+
   def __call__(self, msa_act, msa_mask, pair_act):
     """Compute the update of the alignment.
 
@@ -106,8 +108,10 @@ class MSARowAttentionWithPairBias(_AxialAttention):
     """
     msa_mask = _check(msa_act, msa_mask, 'msa_act', 'msa_mask')
     query_norm = bind_layer_norm('query_norm', msa_act)
-    feat_2d_norm = bind_layer_norm('feat_2d_norm', pair_act)
-    bias = self._pair_bias(feat_2d_norm, pair_act)
+    bias = None
+    if self.with_pair_bias:
+      feat_2d_norm = bind_layer_norm('feat_2d_norm', pair_act)
+      bias = self._pair_bias(feat_2d_norm, pair_act)
     return self._attend(
       msa_act, msa_mask, query_norm, bias, axis=0, kind=GatedAttention
     )

@@ -40,6 +40,9 @@ class EvoformerBlock(hk.Module):
   msa_dropout_rate: float = 0.15  # one mask for all rows
   pair_dropout_rate: float = 0.25  # one mask for all rows, or columns
   zero_init: bool = True  # initialise all updates to 0
+  gating: bool = True  # False: attention without gates
+  with_pair_bias: bool = True  # False: row attention does not read the pairs
+  with_triangles: bool = True  # False: pairs without their triangle updates
   implementation: str | None = None  # see dot_product_attention
   remat: bool = True  # recompute in the backward pass to save memory
   name: str | None = None
@@ -106,7 +109,9 @@ class EvoformerBlock(hk.Module):
   @hk.transparent
   def _layers(self, pair_size):
     common = dict(zero_init=self.zero_init, remat=self.remat)
-    attention = dict(implementation=self.implementation, **common)
+    attention = dict(
+      gating=self.gating, implementation=self.implementation, **common
+    )
     msa = dict(num_head=self.num_msa_head, **attention)
     pair = dict(num_head=self.num_pair_head, **attention)
     transition = dict(
@@ -117,20 +122,7 @@ class EvoformerBlock(hk.Module):
       fuse_projection_weights=self.fuse_projection_weights,
       **common,
     )
-    layers = [
-      MSARowAttentionWithPairBias(
-        **msa, name='msa_row_attention_with_pair_bias'
-      ),
-      MSAColumnGlobalAttention(**msa, name='msa_column_global_attention')
-      if self.is_extra_msa
-      else MSAColumnAttention(**msa, name='msa_column_attention'),
-      Transition(**transition, name='msa_transition'),
-      OuterProductMean(
-        output_size=pair_size,
-        num_outer_channel=self.num_outer_channel,
-        **common,
-        name='outer_product_mean',
-      ),
+    triangles = [
       TriangleMultiplication(
         **product,
         equation='ikc,jkc->ijc',
@@ -151,9 +143,26 @@ class EvoformerBlock(hk.Module):
         orientation='per_column',
         name='triangle_attention_ending_node',
       ),
+    ]
+    return [
+      MSARowAttentionWithPairBias(
+        **msa,
+        with_pair_bias=self.with_pair_bias,
+        name='msa_row_attention_with_pair_bias',
+      ),
+      MSAColumnGlobalAttention(**msa, name='msa_column_global_attention')
+      if self.is_extra_msa
+      else MSAColumnAttention(**msa, name='msa_column_attention'),
+      Transition(**transition, name='msa_transition'),
+      OuterProductMean(
+        output_size=pair_size,
+        num_outer_channel=self.num_outer_channel,
+        **common,
+        name='outer_product_mean',
+      ),
+      *(triangles if self.with_triangles else []),
       Transition(**transition, name='pair_transition'),
     ]
-    return layers
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)

@@ -4,7 +4,7 @@ import math
 
 import jax
 
-from attention.ops import platforms
+from attention.ops import mapping, platforms
 
 # Peak FLOP/s of dense bfloat16 matrix products, from the vendors' data sheets.
 _PEAKS = {
@@ -37,7 +37,7 @@ def _count(jaxpr):
       total += _of_product(equation)
       continue
     if found := platforms.find(equation):
-      total += _of_attention(*found)
+      total += _of_choice(*found)
       continue
     times = equation.params.get('length', 1)  # of a scan
     inner = jax.tree.leaves(
@@ -50,10 +50,15 @@ def _count(jaxpr):
   return total
 
 
-def _of_attention(method, shapes, times):
-  """FLOPs of query × key and weights × value, ignoring any mask."""
-  query, key, value, *_ = shapes
-  forward = 2 * math.prod(query[:-1]) * key[-3] * (query[-1] + value[-1])
+def _of_choice(chosen, method, arguments, times):
+  """FLOPs of attention or of a loop over rows, forward or backward."""
+  if isinstance(chosen, mapping.Loop):
+    block = _count(chosen.trace(*arguments[:2]))
+    forward = block * chosen.count // chosen.size
+  else:
+    # Query × key and weights × value, ignoring any mask.
+    query, key, value, *_ = (x.shape for x in jax.tree.leaves(arguments))
+    forward = 2 * math.prod(query[:-1]) * key[-3] * (query[-1] + value[-1])
   return times * forward * (1 if method == 'forward' else 2)
 
 

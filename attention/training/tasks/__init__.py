@@ -2,7 +2,8 @@
 
 Each task provides its batches, a loss and an evaluation. It also has three
 attributes for messages: `command`, the subcommand of python -m attention that
-uses its model, `loss_unit` and `example_name`.
+uses its model, `loss_unit` and `example_name`. It may have `pretrained`:
+parameters to start from instead of those of `init`, or None.
 """
 
 import pathlib
@@ -10,6 +11,7 @@ import pathlib
 from attention.training.tasks.classification import Classification
 from attention.training.tasks.contacts import Contacts
 from attention.training.tasks.language import Language
+from attention.training.tasks.msa import Msa
 from attention.training.tasks.translation import Translation
 from attention.training.workdir import run_files
 
@@ -17,6 +19,7 @@ _TASKS = {
   'classification': Classification,
   'contacts': Contacts,
   'language': Language,
+  'msa': Msa,
   'translation': Translation,
 }
 

@@ -150,13 +150,6 @@ class Contacts:
 
     return evaluate_batch
 
-  @functools.cached_property
-  def baseline(self) -> np.ndarray:
-    """Mean-field DCA's scores of the alignment, [l, l]."""
-    return contacts.mean_field_dca(
-      self.alignment.residues, self.alignment.weights
-    )
-
   def scores(self, params) -> np.ndarray:
     """Score all pairs of positions by their couplings: [l, l]."""
     couplings = jax.jit(self._couplings.apply)(params)
@@ -166,12 +159,7 @@ class Contacts:
     """List the pairs of highest score."""
     del seed
     self._shown = self.scores(params)
-    i, j = contacts.ranked(self._shown, contacts.SEPARATIONS['all'])
-    query = self.alignment.query
-    return '\n'.join(
-      f'{query[a]}{a + 1} – {query[b]}{b + 1}'
-      for a, b in zip(i[:10], j[:10], strict=True)
-    )
+    return contacts.best_pairs(self.alignment.query, self._shown)
 
   def draw(self, folder: pathlib.Path) -> None:
     """Draw the map of the scores of the last example."""

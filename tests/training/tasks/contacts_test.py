@@ -44,7 +44,9 @@ def test_the_command_compares_to_the_baseline_and_writes_pairs(run, capsys):
   assert main(['contacts', f'--workdir={run}', f'--out={out}']) == 0
   *lines, csv, png = capsys.readouterr().out.splitlines()
   task = tasks.create(_config())
-  expected = contacts.precisions(task.baseline, task.alignment.contacts)
+  alignment = task.alignment
+  baseline = contacts.mean_field_dca(alignment.residues, alignment.weights)
+  expected = contacts.precisions(baseline, alignment.contacts)
   assert [line.split(' (')[0].rsplit(' ', 1)[0] for line in lines] == [
     *expected
   ]
