@@ -71,8 +71,9 @@ class Sampler:
     s = self.num_seq
     targets, extra = residues[:s], residues[s:]
     is_masked = rng.random(targets.shape) < self.mask_rate
-    frequencies = _one_hot(alignment.residues[:, columns]).mean(0)
-    msa = _replace(targets, is_masked, frequencies, rng)
+    family = alignment.residues[:, columns]
+    frequencies = [(family == kind).mean(0) for kind in range(NUM_CLASSES)]
+    msa = _replace(targets, is_masked, np.stack(frequencies, -1), rng)
     profile, mean_deletions = _summarise(msa, extra, deletions)
     arrays = {
       'query': residues[0],
@@ -139,11 +140,14 @@ def _replace(residues, is_masked, frequencies, rng):
 
 def _summarise(msa, extra, deletions):
   """Profiles [s, i, 23] and mean deletions [s, i] of rows and their extras."""
+  num_seq, num_res = msa.shape
   rows, extras = _one_hot(msa), _one_hot(extra)
   # Gaps and masks tell nothing about kinship.
-  agreement = np.einsum('sia,eia->se', rows[..., :GAP], extras[..., :GAP])
-  nearest = np.eye(len(msa), dtype=np.float32)[agreement.argmax(0)].T
+  kinds = rows[..., :GAP].reshape(num_seq, -1)
+  agreement = kinds @ extras[..., :GAP].reshape(len(extra), kinds.shape[1]).T
+  nearest = np.eye(num_seq, dtype=np.float32)[agreement.argmax(0)].T
   counts = 1 + nearest.sum(1)[:, None]
-  total = rows + np.einsum('se,eia->sia', nearest, extras)
-  deleted = deletions[: len(msa)] + nearest @ deletions[len(msa) :]
+  flat = extras.reshape(len(extra), num_res * NUM_CLASSES)
+  total = rows + (nearest @ flat).reshape(rows.shape)
+  deleted = deletions[:num_seq] + nearest @ deletions[num_seq:]
   return total / counts[..., None], deleted / counts

@@ -69,9 +69,9 @@ def _properties():
   return properties
 
 
-_PROPERTIES = _properties()
+PROPERTIES = _properties()
 _SCALES = np.array([0.2, -0.15, -0.2, 1.0])  # λ_k
-COUPLINGS = np.einsum('k,ka,kb->ab', _SCALES, _PROPERTIES, _PROPERTIES)  # e
+COUPLINGS = np.einsum('k,ka,kb->ab', _SCALES, PROPERTIES, PROPERTIES)  # e
 
 # Direct coupling analysis finds contacts of 100 residues with these figures: of
 # the 50 pairs that it ranks first, about 80% with 2,000 sequences, 20% with 32.
@@ -239,7 +239,7 @@ def _fields(secondary, contacts, rng):
   return (
     np.log(_FREQUENCIES)[:, None]
     + propensities
-    + _BURIAL * buried * _PROPERTIES[0][:, None]
+    + _BURIAL * buried * PROPERTIES[0][:, None]
     + rng.uniform(0, _CONSERVATION, len(contacts)) * noise
   )
 
@@ -281,15 +281,15 @@ def _resample(chains, fields, weights, sites, rng):
 
   Residues of one set of positions depend only on others and change at once.
   """
-  properties = _PROPERTIES[:, chains]  # [k, l, n]
+  properties = PROPERTIES[:, chains]  # [k, l, n]
   for rows in sites:
     around = _SCALES[:, None, None] * (weights[rows] @ properties)
-    energies = np.tensordot(_PROPERTIES, around, (0, 0))
+    energies = np.tensordot(PROPERTIES, around, (0, 0))
     energies += fields[:, rows, None]
     cumulative = np.exp(energies).cumsum(0)
     draws = rng.random(cumulative.shape[1:]) * cumulative[-1]
     chains[rows] = (cumulative[:-1] < draws).sum(0)
-    properties[:, rows] = _PROPERTIES[:, chains[rows]]
+    properties[:, rows] = PROPERTIES[:, chains[rows]]
 
 
 def _gaps(secondary, count, rng):

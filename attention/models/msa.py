@@ -86,6 +86,7 @@ class MSA(hk.Module):
       'distances': half + half.swapaxes(0, 1),
     }
 
+  @hk.transparent
   def _embed(self, features):
     """Activations of the alignment [s, i, a] and of the pairs [i, i, a']."""
     target, rows = features['target_feat'], features['msa_feat']

@@ -200,8 +200,8 @@ def test_bfloat16_compute_gives_float32_logits_near_those_of_float32():
   params = jax.tree.map(lambda x: 0.3 * x, _params(model, sample))
   expected = _apply(model, params, sample)
   with precision.applied('params=float32,compute=bfloat16,output=float32'):
-    text = str(jax.make_jaxpr(model.apply)(params, None, sample))
-    # A new function, as JAX would reuse the trace of the other policy.
+    # New functions, as JAX would reuse the trace of the other policy.
+    text = str(jax.make_jaxpr(lambda *x: model.apply(*x))(params, None, sample))
     got = jax.jit(lambda *x: model.apply(*x))(params, None, sample)
   assert 'bf16[3,7,6]' in text
   for kind, x in got.items():

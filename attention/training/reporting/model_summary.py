@@ -9,7 +9,7 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 
-from attention.training.reporting import memory
+from attention.training.reporting import flops, memory
 
 # Lookup tables: they take part in no matrix product.
 _TABLES = ('embeddings', 'positions')
@@ -56,7 +56,8 @@ def inspect(config, task) -> str:
   """Format a table of a model's parameters, FLOPs and memory.
 
   A matrix costs 2 FLOPs per parameter and token. A lookup table costs none,
-  unless it is tied to the output projection. The model is only traced, so
+  unless it is tied to the output projection. FLOPs of models of alignments are
+  those of a training step. The model is only traced, so
   nothing is allocated.
 
   Args:
@@ -66,6 +67,11 @@ def inspect(config, task) -> str:
   Returns:
     Lines of text.
   """
+  if not getattr(task, 'is_per_token', True):
+    shapes = jax.eval_shape(task.init, jax.random.key(0))
+    parts = _parts(shapes, is_tied=False)
+    table = _table(parts, [], with_flops=False)
+    return '\n'.join([*table, '', *_step(task), *_memory(parts, [])])
   shapes, attentions = _trace(task)
   parts = _parts(shapes, config.model.get('with_tied_output', False))
   return '\n'.join(
@@ -143,8 +149,8 @@ def _parts(params, is_tied) -> list[Part]:
     is_used = len(shape) > 1 and (
       leaf not in _TABLES or (is_tied and leaf == 'embeddings')
     )
-    flops = 2 * math.prod(shape) if is_used else 0
-    parts.append(Part(_span(paths), shape, len(paths), flops))
+    cost = 2 * math.prod(shape) if is_used else 0
+    parts.append(Part(_span(paths), shape, len(paths), cost))
   return parts
 
 
@@ -163,7 +169,7 @@ def _span(paths):
   return re.sub(r'_\d+(?=/|$)', span, paths[0], count=1)
 
 
-def _table(parts, attentions):
+def _table(parts, attentions, with_flops=True):
   rows = [('part', 'shape', 'each', 'layers', 'parameters', 'FLOPs/token')]
   rows += [
     (
@@ -188,8 +194,10 @@ def _table(parts, attentions):
     for heads in attentions
   ]
   total = sum(p.count * p.size for p in parts)
-  flops = sum(x.count * x.flops for x in (*parts, *attentions))
-  rows += [('total', '', '', '', f'{total:,}', f'{flops:,}')]
+  cost = sum(x.count * x.flops for x in (*parts, *attentions))
+  rows += [('total', '', '', '', f'{total:,}', f'{cost:,}')]
+  if not with_flops:
+    rows = [row[:-1] for row in rows]
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   for path, *cells in rows:
     right = [c.rjust(w) for c, w in zip(cells, widths[1:], strict=True)]
@@ -236,6 +244,12 @@ def _describe(heads, parts):
   )
 
 
+def _step(task):
+  count = flops.count_step(task, task.batch(0))
+  yield f'model FLOPs of a training step {count:>26,}'
+  yield ''
+
+
 def _memory(parts, attentions):
   total = sum(p.count * p.size for p in parts)
   cache = sum(
@@ -245,7 +259,7 @@ def _memory(parts, attentions):
   for name, count in (
     ('parameters', total),
     ('training: with gradients and two moments', 4 * total),
-    ('key and value cache, per token', cache),
+    *([('key and value cache, per token', cache)] if attentions else []),
   ):
     yield f'  {name:<42}{memory.format_bytes(4 * count):>14}'
 

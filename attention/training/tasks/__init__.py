@@ -3,7 +3,8 @@
 Each task provides its batches, a loss and an evaluation. It also has three
 attributes for messages: `command`, the subcommand of python -m attention that
 uses its model, `loss_unit` and `example_name`. It may have `pretrained`:
-parameters to start from instead of those of `init`, or None.
+parameters to start from instead of those of `init`, or None; and
+`is_per_token`: False if its matrices are not applied once per token.
 """
 
 import pathlib

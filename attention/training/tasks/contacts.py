@@ -13,6 +13,7 @@ from attention.data import contacts
 from attention.data.alignments import Alignment, Rows
 from attention.models.losses import token_cross_entropy
 from attention.models.pairwise import NUM_RESIDUES
+from attention.training.parallelism import processes
 
 
 class Contacts:
@@ -23,6 +24,7 @@ class Contacts:
   (Ekeberg et al. 2013, equation 12).
   """
 
+  is_per_token = False
   command = 'contacts'
   loss_unit = 'nats per residue'
   example_name = 'best pairs'
@@ -134,7 +136,8 @@ class Contacts:
       total, count = total + float(nats), count + float(number)
     values = {'eval/loss': total / count}
     if self.alignment.contacts is not None:
-      found = contacts.precisions(self.scores(params), self.alignment.contacts)
+      scores = self.scores(processes.gather(params))
+      found = contacts.precisions(scores, self.alignment.contacts)
       for name, value in found.items():
         values[f'eval/{name.replace(" L/", "_L")}'] = value
     return values

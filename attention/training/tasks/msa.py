@@ -18,6 +18,7 @@ from attention.data.families import Families
 from attention.interop import alphafold_npz
 from attention.models import msa
 from attention.models.losses import token_cross_entropy
+from attention.training.parallelism import processes
 
 _NUM_SAMPLES = 8  # of the rows of an alignment, at most
 
@@ -29,6 +30,7 @@ class Msa:
   its masked residues, plus distogram_weight times that of its known distances.
   """
 
+  is_per_token = False
   command = 'contacts'
   loss_unit = 'nats'
   example_name = 'best pairs of a held-out family'
@@ -132,7 +134,9 @@ class Msa:
     """
     totals, found = np.zeros((3, 2)), []
     for batch, families in self.data.held_out_batches(self.batch_size):
-      scores, near = self._evaluate_batch(params, place(batch))
+      scores, near = processes.gather(
+        self._evaluate_batch(params, place(batch))
+      )
       count = len(families)
       totals += np.stack([np.asarray(x)[:count].sum(0) for x in scores])
       for scores, distances in zip(

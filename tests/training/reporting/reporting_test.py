@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import attention
+from attention.ops.mapping import map_rows
 from attention.training import command_line, loop, tasks
 from attention.training.parallelism import sharding
 from attention.training.reporting import flops, memory
@@ -42,6 +44,27 @@ def test_flops_of_a_gpt_match_the_formula(config, implementation):
   per_token = layers * (12 * m * m + 2 * t * m) + m * v
   tokens = task.tokens_per_step
   assert flops.count_step(task, task.batch(0)) == 6 * per_token * tokens
+
+
+@pytest.mark.parametrize('rows', [6, 2**12 + 3])
+def test_layers_computed_a_few_rows_at_a_time_are_counted_whole(rows):
+  class Rows:
+    def init(self, rng):
+      return jnp.ones((4, 8))
+
+    def loss(self, params, rng, batch):
+      def function(w, x):
+        y = x @ w  # 2 · 4 · 8 FLOPs per position
+        # Products with 5 keys and 5 values of 8 channels.
+        return attention.dot_product_attention(y, y, y)
+
+      return jax.vmap(
+        lambda x: map_rows(function, params, x[..., None, :]).sum()
+      )(batch)
+
+  batch = jnp.ones((3, rows, 5, 4))
+  forward = 3 * rows * 5 * (2 * 4 * 8 + 2 * 5 * (8 + 8))
+  assert flops.count_step(Rows(), batch) == 3 * forward
 
 
 def test_utilisation_is_none_if_the_peak_is_unknown():
