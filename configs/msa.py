@@ -1,6 +1,45 @@
 """Contacts and masked residues of protein families, by an Evoformer.
 
-python train.py --config=configs/msa.py --workdir=runs/msa
+  python train.py --config=configs/msa.py --workdir=runs/msa
+  python -m attention contacts --workdir=runs/msa --alignment=FAMILY.a3m
+
+| size | model, steps |
+|---|---|
+| (default) | 2 blocks, alignment width 64, pair width 32; 2,000 of 4 families |
+| alphafold | AlphaFold's 48 blocks and 4 extra blocks, widths 256 and 128 |
+| debug | 2 blocks and an extra block of width 8, 10 |
+
+The default learns from 8,000 generated families of 32 sequences and 64
+residues. On 64 others:
+
+| | model | baseline |
+|---|---|---|
+| precision of the top L/2 contacts, separation 6 or more | 0.747 | 0.214 |
+| the same, 24 or more | 0.550 | 0.140 |
+| accuracy of masked residues | 0.491 | 0.391 |
+
+The baselines are mean-field DCA of the same sequences, unmasked, and the most
+frequent residue of each column. Training took 27 min 17 s beside other work, on
+2026-11-26, two cores of an AMD EPYC, JAX 0.10.2.
+
+Loss after 2,000 steps without a part, with --config.seed=0, 1, 2, which also
+draw other families; means of the accuracy and of the top L/2:
+
+| --config.model.evoformer… | loss | accuracy | top L/2 |
+|---|---|---|---|
+| whole | 4.554, 4.519, 4.529 | 0.492 | 0.746 |
+| .gating=False | 4.559, 4.525, 4.527 | 0.492 | 0.735 |
+| .with_pair_bias=False | 4.737, 4.656, 4.654 | 0.455 | 0.734 |
+| .with_triangles=False | 4.776, 4.791, 4.774 | 0.484 | 0.592 |
+
+With --config.training.precision=params=float32,compute=bfloat16,output=float32
+the held-out loss after 300 steps is 5.071, and 5.073 in float32. These were
+measured on 2026-11-26, an NVIDIA H200, JAX 0.11.2.
+
+A training step of the size alphafold at 128 sequences × 256 residues with 4
+blocks takes 983 MiB of temporaries, and 26,717 with
+--config.model.evoformer.implementation=reference and .remat=False, which store
+all logits and hidden layers (compiled on CPUs, JAX 0.10.2).
 """
 
 import ml_collections

@@ -8,6 +8,7 @@ from matplotlib.ticker import MaxNLocator
 
 DPI = 150  # of figures that are saved
 _MAX_LABELS = 16  # tokens that label a panel of a grid; numbers above
+_LONGEST_NAME = 24  # characters beside a panel of a grid
 _COLOURS = 'Blues'
 _VISIBLE = {' ': '␣', '\n': '⏎', '\t': '⇥', '\r': '␍', '': '∅'}
 
@@ -83,7 +84,8 @@ def pattern_grid(
       is_lowest = all(number >= len(below) for _, below in layers[row + 1 :])
       _label_panel(axes, heads[number], labels, number, is_lowest)
     # The end of the path identifies the layer; the whole path would not fit.
-    panels[0].set_ylabel('\n'.join(label.split('/')[-2:]), fontsize=7)
+    name = '\n'.join(map(_in_two, label.split('/')[-2:]))
+    panels[0].set_ylabel(name, fontsize=7)
   for number, axes in enumerate(grid[0]):
     name = number if head_numbers is None else head_numbers[number]
     axes.set_title(f'head {name}', fontsize=8)
@@ -166,6 +168,14 @@ def flow(weights, queries=None, keys=None, *, title='') -> Figure:
   axes.axis('off')
   _add_title(figure, title)
   return figure
+
+
+def _in_two(name):
+  """Break a name that is longer than a panel at an underscore."""
+  middle = name.find('_', len(name) // 2)
+  if len(name) <= _LONGEST_NAME or middle < 0:
+    return name
+  return f'{name[:middle]}\n{name[middle:]}'
 
 
 def _aspect(weights):

@@ -228,9 +228,14 @@ class Msa:
     return near
 
   def _sample(self, alignment, seed=0):
-    """Draw rows of an alignment, without masks or cropping."""
-    length = alignment.residues.shape[1]
-    sampler = dataclasses.replace(self._sampler, num_res=length, mask_rate=0.0)
+    """Draw rows of an alignment, without masks, cropping or padding."""
+    size, length = alignment.residues.shape
+    sampler = dataclasses.replace(
+      self._sampler,
+      num_seq=min(self._sampler.num_seq, size),
+      num_res=length,
+      mask_rate=0.0,
+    )
     return sampler.sample(alignment, np.random.default_rng(seed))
 
   def example(self, params, seed: int) -> str:
@@ -263,16 +268,20 @@ class Msa:
     """
     alignment = alignments.read(text)
     run = jax.jit(functools.partial(capture, self._model, **selection))
-    _, found = run(params, None, self._sample(alignment))
+    sample = self._sample(alignment)
+    _, found = run(params, sample)
     residues = [f'{a}{i}' for i, a in enumerate(alignment.query, 1)]
-    rows = [str(i) for i in range(self._sampler.num_seq)]
+    rows = [str(i) for i in range(len(sample['msa']))]
     axes = {}
     for path, pattern in found.items():
       kind = next(k for k in ('row', 'column', 'triangle') if k in path)
       labels = rows if kind == 'column' else residues
-      # [blocks, batch, h, q, k]
-      mean = np.asarray(pattern, np.float32).mean(-4)
-      axes.setdefault(kind, (labels, labels, {}))[2][path] = mean
+      # [blocks, batch, h, q, k]; patterns of padding are 0.
+      total = np.asarray(pattern, np.float32).sum(-4)
+      mean = total / np.maximum(total.sum(-1, keepdims=True), 1e-30)
+      # The extra rows' columns have other labels.
+      if mean.shape[-2:] == (len(labels), len(labels)):
+        axes.setdefault(kind, (labels, labels, {}))[2][path] = mean
     return axes
 
 

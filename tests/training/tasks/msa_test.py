@@ -120,7 +120,7 @@ def test_contacts_are_ranked_in_a_held_out_family_or_a_file(
 
 def test_plot_draws_rows_columns_and_triangles(run, tmp_path, capsys):
   path = tmp_path / 'x.a3m'
-  path.write_text('>q\nMKVLAEDC\n>o\nMKVLAEDA\n>p\nMRVLAEDA\n')
+  path.write_text('>q\nMKVLAEDC\n>o\nMKVLAEDA\n' * 3)
   out = tmp_path / 'plots'
   words = [f'--workdir={run}', f'--text={path}', f'--out={out}']
   assert main(['plot', *words]) == 0
