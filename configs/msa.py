@@ -142,7 +142,9 @@ def _alphafold():
       'pair_dropout_rate': 0.25,
     }
   )
-  config.optimizer.update({'clip_norm': 0.1, 'warmup_steps': 1_000})
+  config.optimizer.update(
+    {'learning_rate': 1e-3, 'clip_norm': 0.1, 'warmup_steps': 1_000}
+  )
   return config
 
 
@@ -168,6 +170,7 @@ def _debug():
       'num_extra_blocks': 1,
     }
   )
+  config.optimizer.update({'warmup_steps': 2})
   config.training.update(
     {'steps': 10, 'log_every': 5, 'eval_every': 5, 'checkpoint_every': 5}
   )
