@@ -6,17 +6,18 @@ import math
 import haiku as hk
 import jax.numpy as jnp
 
-from attention.modules.fields import check_choice, check_count
+from attention.modules.fields import check_choice, check_count, hint
 from attention.modules.layers import Linear, RMSNorm
 from attention.ops import similarity
 from attention.ops.attention_weights import attention_weights
 from attention.ops.cache import Cache, CrossCache
 from attention.ops.dot_product import additive_attention, dot_product_attention
 from attention.ops.dropout import check_rate
-from attention.ops.positions import rotary
+from attention.ops.positions import Rotary, rotary
 
 _COUNTS = 'num_heads', 'num_kv_heads', 'key_size', 'value_size', 'model_size'
 SIMILARITIES = ('scaled_dot', 'dot', 'cosine', 'general', 'additive')
+_ROTARY = [field.name for field in dataclasses.fields(Rotary)]
 _KNOWN = {
   'similarity': SIMILARITIES,
   'value_factorisation': ('low_rank', 'full'),
@@ -48,6 +49,7 @@ class MultiHeadAttention(hk.Module):
   logit_cap: float | None = None  # c · tanh(logits / c)
   with_qk_norm: bool = False  # RMS norm of each head's queries and keys
   with_rotary: bool = False  # rotary position codes on queries and keys
+  rotary: dict | None = None  # fields of `Rotary`, of these codes
   with_sinks: bool = False  # a learned extra logit per head
   value_factorisation: str = 'low_rank'  # or 'full', see above
   fused_qkv: bool = False  # one projection for query, key and value
@@ -221,10 +223,11 @@ class MultiHeadAttention(hk.Module):
     if self.with_rotary:
       if positions is None:
         positions = jnp.arange(query.shape[-3])
-      query = rotary(query, positions)
+      kind = Rotary(**(self.rotary or {}))
+      query = rotary(query, positions, kind=kind)
       if key is not None:
         of_keys = positions if is_self else jnp.arange(key.shape[-3])
-        key = rotary(key, of_keys)
+        key = rotary(key, of_keys, kind=kind)
     return query, key
 
   def _check(self, positions, cache):
@@ -233,6 +236,9 @@ class MultiHeadAttention(hk.Module):
       check_count(field, getattr(self, field))
     for field, known in _KNOWN.items():
       check_choice(field, getattr(self, field), known)
+    for key in self.rotary or {}:
+      if key not in _ROTARY:
+        raise ValueError(f'rotary.{key}: no such field{hint(key, _ROTARY)}')
     if self.value_factorisation == 'full' and self.value_size is not None:
       raise ValueError(
         "value_size: expected None with value_factorisation='full', where "

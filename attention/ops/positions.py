@@ -1,7 +1,11 @@
 """Position encodings: sinusoidal and rotary."""
 
+import dataclasses
+import math
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def sinusoidal(length: int, size: int, base: float = 10_000.0) -> jax.Array:
@@ -31,7 +35,93 @@ def sinusoidal(length: int, size: int, base: float = 10_000.0) -> jax.Array:
   return jnp.where(channels % 2 == 0, jnp.sin(angles), jnp.cos(angles))
 
 
-def rotary(x, positions, base: float = 10_000.0):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rotary:
+  """How fast `rotary` rotates which channels.
+
+  Pair i of n rotated channels turns by base^(-2i / n) per position. Models
+  whose context was extended after training slow some pairs down:
+
+  - 'linear': all pairs by `factor` (Chen et al. 2023, arXiv:2306.15595).
+  - 'llama3': pairs with wavelengths above original_length / low_frequency by
+    `factor`, those below original_length / high_frequency not at all, and those
+    between them in part (Llama 3.1's parameters).
+  - 'yarn': pairs that turn fewer than beta_slow times in original_length by
+    `factor`, those that turn more than beta_fast times not at all, and those
+    between them in part; and logits grow (Peng et al. 2023, arXiv:2309.00071).
+  """
+
+  base: int | float = 10_000.0
+  num_channels: int | None = None  # rotated ones, the first; None: all
+  scaling: str = 'none'  # linear, llama3 or yarn
+  factor: int | float = 1.0  # new length / original_length
+  original_length: int = 8192  # of the contexts in training
+  low_frequency: int | float = 1.0  # turns in original_length, of 'llama3'
+  high_frequency: int | float = 4.0
+  beta_slow: int | float = 1.0  # turns in original_length, of 'yarn'
+  beta_fast: int | float = 32.0
+  with_whole_pairs: bool = True  # 'yarn' rounds its bounds to whole pairs
+  amplitude: int | float | None = (
+    None  # of queries and keys; None: the scaling's
+  )
+
+  def __post_init__(self):
+    known = 'none', 'linear', 'llama3', 'yarn'
+    if self.scaling not in known:
+      raise ValueError(
+        f'scaling: expected one of {list(known)}, got {self.scaling!r}'
+      )
+    for field in ('base', 'factor', 'original_length'):
+      if (value := getattr(self, field)) <= 0:
+        raise ValueError(f'{field}: expected a number above 0, got {value}')
+    if self.low_frequency >= self.high_frequency:
+      raise ValueError(
+        f'low_frequency: expected less than high_frequency='
+        f'{self.high_frequency}, got {self.low_frequency}'
+      )
+
+  def frequencies(self, size: int) -> np.ndarray:
+    """Compute the angles per position of `size` rotated channels, [size / 2].
+
+    In radians, float64.
+    """
+    plain = self.base ** (-np.arange(0, size, 2) / size)
+    slow = plain / self.factor
+    if self.scaling == 'none':
+      return plain
+    if self.scaling == 'linear':
+      return slow
+    if self.scaling == 'llama3':
+      turns = self.original_length * plain / (2 * math.pi)
+      span = self.high_frequency - self.low_frequency
+      kept = ((turns - self.low_frequency) / span).clip(0, 1)
+    else:
+      low, high = (
+        self._pair(size, self.beta_fast),
+        self._pair(size, self.beta_slow),
+      )
+      if self.with_whole_pairs:
+        low, high = math.floor(low), math.ceil(high)
+      low, high = max(low, 0), min(high, size - 1)
+      span = max(high - low, 0.001)
+      kept = 1 - ((np.arange(size // 2) - low) / span).clip(0, 1)
+    return slow + (plain - slow) * kept
+
+  def _pair(self, size, turns):
+    """The (fractional) pair that turns so often in `original_length`."""
+    wavelength = self.original_length / turns / (2 * math.pi)
+    return size * math.log(wavelength) / (2 * math.log(self.base))
+
+  @property
+  def scale(self) -> float:
+    """What rotated queries and keys are multiplied by."""
+    if self.amplitude is not None:
+      return self.amplitude
+    is_longer = self.scaling == 'yarn' and self.factor > 1
+    return 0.1 * math.log(self.factor) + 1 if is_longer else 1.0
+
+
+def rotary(x, positions, base: float = 10_000.0, *, kind: Rotary | None = None):
   """Rotate pairs of channels by the position (Su et al. 2021, equation 34).
 
   Channels 2i and 2i + 1 are a point in the plane, which is rotated by the angle
@@ -42,17 +132,25 @@ def rotary(x, positions, base: float = 10_000.0):
     x: [*b, t, h, d] queries or keys, d even.
     positions: [t] or [*b, t] numbers.
     base: the slowest pair completes a turn in about 2π · base positions.
+    kind: other frequencies or fewer channels, in place of `base`.
 
   Returns:
     [*b, t, h, d] in the dtype of `x`; the angles are in float32.
 
   Raises:
-    ValueError: d is odd, or the shape of `positions` doesn't fit.
+    ValueError: the number of rotated channels is odd or larger than d, or the
+      shape of `positions` doesn't fit.
   """
   x, positions = jnp.asarray(x), jnp.asarray(positions)
-  size = x.shape[-1]
-  if size % 2:
-    raise ValueError(f'x: expected an even number of channels, got {size}')
+  kind = Rotary(base=base) if kind is None else kind
+  width = x.shape[-1]
+  size = width if kind.num_channels is None else kind.num_channels
+  if size % 2 or not 0 < size <= width:
+    raise ValueError(
+      f'x: expected an even number of channels, got {size}'
+      if size == width
+      else f'num_channels: expected an even number up to {width}, got {size}'
+    )
   expected = x.shape[:-2]  # [*b, t]
   fits = 0 < positions.ndim <= len(expected) and all(
     p in (1, n)
@@ -63,10 +161,11 @@ def rotary(x, positions, base: float = 10_000.0):
       f'positions: expected a shape broadcastable to [*b, t] = {expected}, '
       f'got {positions.shape}'
     )
-  channels = jnp.arange(0, size, 2, dtype=jnp.float32)
-  frequencies = base ** (-channels / size)
+  frequencies = jnp.asarray(kind.frequencies(size), jnp.float32)
   angles = positions[..., None, None].astype(jnp.float32) * frequencies
-  cos, sin = jnp.cos(angles), jnp.sin(angles)
-  even, odd = (x[..., i::2].astype(jnp.float32) for i in (0, 1))
+  cos, sin = kind.scale * jnp.cos(angles), kind.scale * jnp.sin(angles)
+  rotated, rest = x[..., :size], x[..., size:]
+  even, odd = (rotated[..., i::2].astype(jnp.float32) for i in (0, 1))
   pairs = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
-  return pairs.reshape(x.shape).astype(x.dtype)
+  turned = pairs.reshape(rotated.shape).astype(x.dtype)
+  return jnp.concatenate([turned, rest], -1) if size < width else turned

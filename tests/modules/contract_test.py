@@ -64,6 +64,15 @@ MODULES = {
     [(B, T, M)],
     _QKV | {'query_norm/scale', 'key_norm/scale'},
   ),
+  'multi_head_part_rotary': (
+    lambda: attention.MultiHeadAttention(
+      num_heads=3,
+      with_rotary=True,
+      rotary={'num_channels': 2, 'scaling': 'linear', 'factor': 4},
+    ),
+    [(B, T, M)],
+    _QKV,
+  ),
   'multi_head_full_values': (
     lambda: attention.MultiHeadAttention(
       num_heads=4, num_kv_heads=2, value_factorisation='full', model_size=11

@@ -245,6 +245,7 @@ def test_full_value_maps_are_summed_over_heads(arrays, assert_close):
     ({'value_factorisation': 'half'}, 'value_factorisation: expected one of'),
     ({'value_factorisation': 'full', 'value_size': 3}, 'value_size: expected'),
     ({'with_rotary': True, 'key_size': 3}, 'even number of channels, got 3'),
+    ({'rotary': {'bas': 5e5}}, "rotary.bas: no such field; .* 'base'"),
     ({'dropout_rate': 1.5}, r'dropout_rate: expected \[0, 1\), got 1.5'),
   ],
 )
