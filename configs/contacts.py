@@ -24,8 +24,8 @@ Fraction of true contacts among the top L pairs, at separations of 6 or more;
 The generated family, 1,000 sequences of 100 columns: mean-field DCA 0.40; 0.32,
 factored attention 0.46; 0.34 in 58 s, potts 0.49; 0.35 in 23 s.
 
-With --config.training.steps=400 factored attention reaches 0.53; 0.36, 0.24; 0.26
-and 0.18; 0.13 in 366, 75 and 70 s.
+With --config.training.steps=400 factored attention reaches 0.53; 0.36, 0.24;
+0.26 and 0.18; 0.13 in 366, 75 and 70 s.
 
 Seeds move 4i6p's figures by a pair or two of 88. Seconds are of the whole
 training process. Measured on 2026-11-26, two cores of an AMD EPYC, JAX 0.10.2.
