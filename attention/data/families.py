@@ -12,9 +12,8 @@ from attention.data import alignments, proteins, structures
 from attention.data.alignments import Alignment
 from attention.data.masking import Sampler
 
-_STRUCTURES = ('.cif', '.mmcif', '.pdb', '.ent')
 _HELD_OUT = 0.1  # of the families of a folder
-# Seeds of generated families that are held out are above all others.
+# Seeds of generated families that are held out, far from those of training.
 _HELD_OUT_SEED = 2**31
 
 
@@ -128,7 +127,9 @@ def read_folder(path: str) -> list[Alignment]:
     )
   # A hash of their names, so that a new family leaves the order of the others.
   found.sort(key=lambda f: hashlib.sha256(f.name.encode()).hexdigest())
-  known = {f.stem: str(f) for f in files if f.suffix in _STRUCTURES}
+  known = {
+    f.stem: str(f) for f in files if f.suffix.lower() in structures.SUFFIXES
+  }
   families = []
   for file in found:
     family = alignments.read(str(file))

@@ -4,6 +4,13 @@ import pathlib
 
 import numpy as np
 
+# Suffixes of structure files, and Biopython's parsers of them.
+SUFFIXES = {
+  '.pdb': 'PDBParser',
+  '.ent': 'PDBParser',
+  '.cif': 'MMCIFParser',
+  '.mmcif': 'MMCIFParser',
+}
 _LEAST_MATCH = 0.6  # of the residues, for a structure of the same protein
 
 
@@ -46,27 +53,22 @@ def distances(path: str, chain: str, query: str) -> np.ndarray:
 def _residues(path, chain):
   """List (letter, position [3]) of a chain's residues."""
   try:
+    from Bio import PDB
     from Bio.Data.PDBData import protein_letters_3to1_extended as codes
-    from Bio.PDB import MMCIFParser, PDBParser
   except ImportError:
     raise ValueError(
       "structures need Biopython: pip install 'attention[data]'"
     ) from None
-  parsers = {
-    '.pdb': PDBParser,
-    '.ent': PDBParser,
-    '.cif': MMCIFParser,
-    '.mmcif': MMCIFParser,
-  }
   suffix = pathlib.Path(path).suffix.lower()
-  if suffix not in parsers:
+  if suffix not in SUFFIXES:
     raise ValueError(
       f'{path}: expected a structure with one of the suffixes '
-      f'{", ".join(parsers)}, got {suffix!r}'
+      f'{", ".join(SUFFIXES)}, got {suffix!r}'
     )
   pathlib.Path(path).read_bytes()  # errors of the system, before the parser's
   try:
-    models = list(parsers[suffix](QUIET=True).get_structure('', path))
+    parser = getattr(PDB, SUFFIXES[suffix])(QUIET=True)
+    models = list(parser.get_structure('', path))
   except Exception as error:  # parsers raise many kinds
     raise ValueError(f'{path}: not a structure: {error}') from None
   chains = {c.id: c for c in models[0]} if models else {}

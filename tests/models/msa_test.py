@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from attention import models
+from attention.data import masking
 from attention.data.alignments import Alignment
 from attention.data.masking import Sampler
 from attention.models import msa
@@ -73,6 +74,10 @@ def test_logits_have_the_shapes_of_the_alignment_and_its_pairs():
   )
   near = msa.contact_probabilities(logits['distances'])
   assert ((near > 0) & (near < 1)).all()
+
+
+def test_the_model_and_its_samples_have_the_same_classes():
+  assert msa.NUM_CLASSES == masking.NUM_CLASSES
 
 
 def test_contacts_are_bins_that_end_below_eight_angstrom():

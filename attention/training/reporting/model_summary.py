@@ -57,8 +57,7 @@ def inspect(config, task) -> str:
 
   A matrix costs 2 FLOPs per parameter and token. A lookup table costs none,
   unless it is tied to the output projection. FLOPs of models of alignments are
-  those of a training step. The model is only traced, so
-  nothing is allocated.
+  those of a training step. The model is only traced, so nothing is allocated.
 
   Args:
     config: the run's config.
