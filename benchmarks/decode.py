@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.table import Table
 
 from attention import decoding, models
-from attention.interop import gpt2
+from attention.interop import transformers as interop
 from attention.models.gpt import window_step
 from attention.ops.cache import Cache
 
@@ -84,7 +84,7 @@ def peer(params):
   """Create transformers' GPT-2 with our parameters."""
   fields = dict(vocab_size=VOCAB, context_size=CONTEXT, **SIZES)
   with tempfile.TemporaryDirectory() as folder:
-    gpt2.save(folder, fields, params)
+    interop.save(folder, fields, params)
     return transformers.GPT2LMHeadModel.from_pretrained(folder).eval()
 
 

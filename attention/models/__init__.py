@@ -8,8 +8,10 @@ from attention.models.msa import MSA
 from attention.models.pairwise import Pairwise
 from attention.models.translator import Translator
 from attention.modules.evoformer import EvoformerStack
+from attention.modules.experts import Experts
 from attention.modules.fields import check_count, hint
 from attention.modules.multihead import MultiHeadAttention
+from attention.ops.positions import Rotary
 
 _MODELS = {
   'classifier': Classifier,
@@ -33,12 +35,17 @@ _POSITIVE = (
   'pair_size',
   'extra_msa_size',
 )
+_ATTENTION = (
+  MultiHeadAttention,
+  {'num_heads', 'dropout_rate', 'w_init', 'output_w_init', 'name'},
+)
 # Modules whose fields are a dict in their model's; the model sets some itself.
 _PARTS = {
-  'attention': (
-    MultiHeadAttention,
-    {'num_heads', 'dropout_rate', 'w_init', 'output_w_init', 'name'},
-  ),
+  'attention': _ATTENTION,
+  'window_attention': _ATTENTION,
+  'attention.rotary': (Rotary, set()),
+  'window_attention.rotary': (Rotary, set()),
+  'experts': (Experts, {'w_init', 'output_w_init', 'name'}),
   'evoformer': (EvoformerStack, {'num_blocks', 'is_extra_msa', 'name'}),
 }
 
@@ -74,9 +81,13 @@ def create(name: str, **fields):
 def resolve(name: str, fields: dict) -> dict:
   """The fields of a model with None for 0 and ''; see `create`."""
   fields = _resolve(_MODELS[name], fields, 'model')
-  for part, (cls, hidden) in _PARTS.items():
-    if fields.get(part):
-      fields[part] = _resolve(cls, fields[part], f'model.{part}', hidden)
+  for path, (cls, hidden) in _PARTS.items():
+    *above, part = path.split('.')
+    values = fields
+    for key in above:
+      values = values.get(key) or {}
+    if values.get(part):
+      values[part] = _resolve(cls, values[part], f'model.{path}', hidden)
   return fields
 
 

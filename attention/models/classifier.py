@@ -53,12 +53,14 @@ class Classifier(Transformer):
       first = hk.get_parameter('first', (self.model_size,), x.dtype, init)
       first = jnp.broadcast_to(first, (batch, 1, self.model_size))
       x, lengths = jnp.concatenate([first, x], axis=1), lengths + 1
-    mask, bias = self.self_attention(is_causal=False)
+    bias = self.position_bias(is_causal=False)
     is_real = Mask.lengths(key_lengths=lengths)
-    mask = is_real if mask is None else mask & is_real
     for i in range(self.num_layers):
-      x = self.block(f'block_{i}')(
-        x, mask=mask, bias=bias, is_training=is_training
+      x = self.block(f'block_{i}', i)(
+        x,
+        mask=self.mask(i, is_real),
+        bias=bias,
+        is_training=is_training,
       )
     x = self.final_norm(x)
     if self.pooling == 'first':

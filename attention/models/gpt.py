@@ -1,4 +1,8 @@
-"""GPT: a decoder-only Transformer (Radford et al. 2019, "GPT-2")."""
+"""GPT: a decoder-only Transformer (Radford et al. 2019, "GPT-2").
+
+Its fields cover the decoders of Llama, Mistral, Qwen, Gemma and gpt-oss too;
+`attention.interop.transformers` reads their published files.
+"""
 
 import dataclasses
 import math
@@ -11,6 +15,7 @@ from attention.models.transformer import Transformer
 from attention.modules.layers import Embed, Linear
 from attention.modules.stack import run_blocks
 from attention.ops.cache import Cache
+from attention.ops.masks import Mask
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
@@ -24,6 +29,8 @@ class GPT(Transformer):
   vocab_size: int
   context_size: int  # the longest input
   with_tied_output: bool = True  # logits use the token embeddings
+  with_scaled_embeddings: bool = False  # times √model_size, as in Gemma
+  output_logit_cap: float | None = None  # c · tanh(logits / c), as in Gemma 2
   fused_qkv: bool = True  # one projection for query, key and value
   use_scan: bool = False  # compile one block for all layers
   use_remat: bool = False  # recompute blocks in the backward pass
@@ -62,23 +69,29 @@ class GPT(Transformer):
     token_table = Embed(
       self.vocab_size, self.model_size, w_init=init, name='tokens'
     )
+    x = token_table(tokens)
+    if self.with_scaled_embeddings:
+      x = x * math.sqrt(self.model_size)
     x = self.add_positions(
-      token_table(tokens),
+      x,
       self.context_size,
       is_training,
       scale=0.02 * math.sqrt(2),  # of the size of the embeddings
       cache=first,
     )
-    mask, bias = self.self_attention(is_causal=True)
+    bias = self.position_bias(is_causal=True)
+    causal = Mask.causal()
     layers, after = list(cache or ()), []
 
-    def block(name, x):
+    def block(layer, x):
       module = self.block(
-        name,
+        f'block_{layer}',
+        layer,
         w_init=init,
         output_w_init=residual_init,
         attention={'fused_qkv': self.fused_qkv},
       )
+      mask = self.mask(layer, causal, is_causal=True)
       if cache is None:
         return module(x, mask=mask, bias=bias, is_training=is_training)
       x, cached = module(x, mask=mask, bias=bias, cache=layers.pop(0))
@@ -91,6 +104,7 @@ class GPT(Transformer):
       x,
       use_scan=self.use_scan and cache is None,
       use_remat=self.use_remat and cache is None,
+      period=len(self.window_pattern) if self.window else 1,
     )
     x = self.final_norm(x)
     if self.with_tied_output:
@@ -100,6 +114,9 @@ class GPT(Transformer):
         self.vocab_size, with_bias=False, w_init=init, name='output'
       )(x)
     logits = logits.astype(jnp.float32)
+    if self.output_logit_cap is not None:
+      cap = self.output_logit_cap
+      logits = cap * jnp.tanh(logits / cap)
     return logits if cache is None else (logits, tuple(after))
 
 

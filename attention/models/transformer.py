@@ -21,13 +21,18 @@ class Transformer(hk.Module):
   model_size: int
   hidden_size: int | None = None  # feed-forward width; see TransformerBlock
   positions: str = 'learned'  # sinusoidal, rotary, alibi, t5 or none
-  norm: str = 'pre'  # or 'post'
-  norm_kind: str = 'layer'  # or 'rms'
+  norm: str = 'pre'  # or 'post', 'both'
+  norm_kind: str = 'layer'  # or 'rms', 'zero_centred_rms'
+  norm_epsilon: float = 1e-5  # added to the variance, of queries and keys too
   activation: str = 'gelu'  # relu, silu, geglu or swiglu
+  with_feed_forward_bias: bool = True
+  experts: dict | None = None  # fields of Experts, in place of feed-forward
   mixer: str = 'attention'  # or, for comparison, 'lstm' or 'conv'
   window: int | None = None  # reach of self-attention, itself included
+  window_pattern: str = 'w'  # of the layers, repeated: w: window, f: full
   dropout_rate: float = 0.0
   attention: dict | None = None  # further fields of MultiHeadAttention
+  window_attention: dict | None = None  # what differs in layers with a window
   implementation: str | None = None  # see dot_product_attention
   name: str | None = None
 
@@ -36,19 +41,36 @@ class Transformer(hk.Module):
     for field in ('num_layers', 'num_heads', 'model_size', 'window'):
       check_count(field, getattr(self, field))
     check_choice('positions', self.positions, POSITIONS)
-    if self.model_size % self.num_heads:
+    if not self.window_pattern or set(self.window_pattern) - {'w', 'f'}:
+      raise ValueError(
+        "window_pattern: expected the letters w and f, such as 'wwf', got "
+        f'{self.window_pattern!r}'
+      )
+    key_size = (self.attention or {}).get('key_size')
+    if not key_size and self.model_size % self.num_heads:
       raise ValueError(
         f'num_heads: expected a divisor of model_size={self.model_size}, '
-        f'got {self.num_heads}'
+        f'got {self.num_heads}; change either, or set attention.key_size'
       )
 
+  def has_window(self, layer: int) -> bool:
+    """Whether self-attention of that layer is bounded by the window."""
+    pattern = self.window_pattern
+    return self.window is not None and pattern[layer % len(pattern)] == 'w'
+
   @hk.transparent
-  def block(self, name: str, **fields) -> TransformerBlock:
-    """The block of that name; `fields` are further fields of it."""
+  def block(self, name: str, layer: int, **fields) -> TransformerBlock:
+    """The block of that layer; `fields` are further fields of it."""
     attention = {
       'implementation': self.implementation,
+      'qk_norm': {
+        'epsilon': self.norm_epsilon,
+        'is_zero_centred': self.norm_kind == 'zero_centred_rms',
+      },
       **(self.attention or {}),
     }
+    if self.has_window(layer):
+      attention.update(self.window_attention or {})
     if self.positions == 'rotary':
       attention['with_rotary'] = True
     attention.update(fields.pop('attention', {}))
@@ -58,7 +80,10 @@ class Transformer(hk.Module):
       hidden_size=self.hidden_size,
       norm=self.norm,
       norm_kind=self.norm_kind,
+      norm_epsilon=self.norm_epsilon,
       activation=self.activation,
+      with_feed_forward_bias=self.with_feed_forward_bias,
+      experts=self.experts,
       dropout_rate=self.dropout_rate,
       attention=attention,
       name=name,
@@ -84,20 +109,23 @@ class Transformer(hk.Module):
     # Materialises the sum; see TransformerBlock.
     return jax.lax.optimization_barrier(x)
 
+  def mask(self, layer: int, whole: Mask, *, is_causal: bool = False) -> Mask:
+    """The mask of that layer's self-attention: `whole` and its window."""
+    if not self.has_window(layer):
+      return whole
+    reach = self.window - 1
+    return whole & Mask.window(reach, 0 if is_causal else reach)
+
   @hk.transparent
-  def self_attention(self, *, is_causal: bool, name: str = 'position_bias'):
-    """The mask (or None) and bias (or None) of self-attention."""
-    mask = Mask.causal() if is_causal else None
-    if self.window is not None:
-      reach = self.window - 1
-      window = Mask.window(reach, 0 if is_causal else reach)
-      mask = window if mask is None else mask & window
-    bias = position_bias(
+  def position_bias(self, *, is_causal: bool, name: str = 'position_bias'):
+    """The bias of self-attention in all layers, or None."""
+    return position_bias(
       self.positions, self.num_heads, is_causal=is_causal, name=name
     )
-    return mask, bias
 
   @hk.transparent
   def final_norm(self, x, name: str = 'final_norm'):
-    """Normalises the output of the last block, where blocks are pre-norm."""
-    return NORMS[self.norm_kind](name)(x) if self.norm == 'pre' else x
+    """Normalises the output of the last block, unless blocks do."""
+    if self.norm == 'post':
+      return x
+    return NORMS[self.norm_kind](name=name, epsilon=self.norm_epsilon)(x)

@@ -56,13 +56,13 @@ class Translator(Transformer):
     memory = None
     if source is not None:
       x = self._embed(source_table, source, 'source', None, is_training)
-      mask, bias = self.self_attention(
-        is_causal=False, name='encoder_position_bias'
-      )
-      mask = is_real if mask is None else mask & is_real
+      bias = self.position_bias(is_causal=False, name='encoder_position_bias')
       for i in range(self.num_layers):
-        x = self.block(f'encoder_{i}')(
-          x, mask=mask, bias=bias, is_training=is_training
+        x = self.block(f'encoder_{i}', i)(
+          x,
+          mask=self.mask(i, is_real),
+          bias=bias,
+          is_training=is_training,
         )
       memory = self.final_norm(x, 'encoder_norm')
 
@@ -71,15 +71,14 @@ class Translator(Transformer):
       cache = (layer,) * self.num_layers
     first = None if cache is None else cache[0]['attention']
     x = self._embed(target_table, tokens, 'target', first, is_training)
-    mask, bias = self.self_attention(
-      is_causal=True, name='decoder_position_bias'
-    )
+    bias = self.position_bias(is_causal=True, name='decoder_position_bias')
+    causal = Mask.causal()
     after = []
     for i, cached in enumerate(cache or (None,) * self.num_layers):
-      x = self.block(f'decoder_{i}')(
+      x = self.block(f'decoder_{i}', i)(
         x,
         memory,
-        mask=mask,
+        mask=self.mask(i, causal, is_causal=True),
         bias=bias,
         context_mask=is_real,
         cache=cached,

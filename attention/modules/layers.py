@@ -1,5 +1,7 @@
 """The layers that all modules share: linear, norms, embedding, dropout."""
 
+import dataclasses
+import functools
 import math
 
 import haiku as hk
@@ -66,6 +68,7 @@ def add(x: jax.Array, bias: jax.Array) -> jax.Array:
   return (x.astype(dtype) + bias.astype(dtype)).astype(x.dtype)
 
 
+@dataclasses.dataclass(kw_only=True, eq=False)
 class LayerNorm(hk.Module):
   """Layer normalisation over the last axis (Ba et al. 2016), in float32.
 
@@ -73,55 +76,72 @@ class LayerNorm(hk.Module):
   output has the dtype of the input.
   """
 
+  epsilon: float = 1e-5  # added to the variance
+  name: str | None = None
+
   def __call__(self, x):
     shape = x.shape[-1:]
     scale = hk.get_parameter('scale', shape, x.dtype, jnp.ones)
     offset = hk.get_parameter('offset', shape, x.dtype, jnp.zeros)
-    return layer_norm(x, scale, offset)
+    return layer_norm(x, scale, offset, self.epsilon)
 
 
-def layer_norm(x, scale, offset):
+def layer_norm(x, scale, offset, epsilon: float = 1e-5):
   """Layer normalisation of x [*b, m] with scale and offset [m]."""
-  return (normalise(x.astype(jnp.float32)) * scale + offset).astype(x.dtype)
+  exact = normalise(x.astype(jnp.float32), epsilon)
+  return (exact * scale + offset).astype(x.dtype)
 
 
+@dataclasses.dataclass(kw_only=True, eq=False)
 class RMSNorm(hk.Module):
   """x / √(mean of x²) · scale over the last axis (Zhang & Sennrich 2019).
 
-  In float32; the output has the dtype of the input.
+  In float32; the output has the dtype of the input. A zero-centred scale is
+  stored as its difference from 1, so that weight decay draws it to 1 (Gemma).
   """
 
+  epsilon: float = 1e-5  # added to the mean of x²
+  is_zero_centred: bool = False
+  name: str | None = None
+
   def __call__(self, x):
-    scale = hk.get_parameter('scale', x.shape[-1:], x.dtype, jnp.ones)
+    init = jnp.zeros if self.is_zero_centred else jnp.ones
+    scale = hk.get_parameter('scale', x.shape[-1:], x.dtype, init)
     exact = x.astype(jnp.float32)
+    if self.is_zero_centred:
+      scale = 1 + scale.astype(jnp.float32)
     squares = jnp.square(exact).mean(-1, keepdims=True)
-    return (exact * jax.lax.rsqrt(squares + _EPSILON) * scale).astype(x.dtype)
+    return (exact * jax.lax.rsqrt(squares + self.epsilon) * scale).astype(
+      x.dtype
+    )
 
 
-NORMS = {'layer': LayerNorm, 'rms': RMSNorm}
+NORMS = {
+  'layer': LayerNorm,
+  'rms': RMSNorm,
+  'zero_centred_rms': functools.partial(RMSNorm, is_zero_centred=True),
+}
 
-_EPSILON = 1e-5
 
-
-def _normalise(x):
+def _normalise(x, epsilon):
   centred = x - x.mean(-1, keepdims=True)
   variance = jnp.square(centred).mean(-1, keepdims=True)
-  inverse = jax.lax.rsqrt(variance + _EPSILON)
+  inverse = jax.lax.rsqrt(variance + epsilon)
   return centred * inverse, inverse
 
 
-@jax.custom_jvp
-def normalise(x: jax.Array) -> jax.Array:
-  """(x - mean) / √(variance + 1e-5) over the last axis."""
-  return _normalise(x)[0]
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def normalise(x: jax.Array, epsilon: float = 1e-5) -> jax.Array:
+  """(x - mean) / √(variance + epsilon) over the last axis."""
+  return _normalise(x, epsilon)[0]
 
 
 @normalise.defjvp
-def _normalise_jvp(primals, tangents):
+def _normalise_jvp(epsilon, primals, tangents):
   # Saves the output and one number a row; differentiating the formula would
   # save every intermediate result.
   (x,), (dx,) = primals, tangents
-  y, inverse = _normalise(x)
+  y, inverse = _normalise(x, epsilon)
   along = (dx * y).mean(-1, keepdims=True)
   return y, (dx - dx.mean(-1, keepdims=True) - y * along) * inverse
 

@@ -48,6 +48,7 @@ class MultiHeadAttention(hk.Module):
   scale: float | None = None  # of the logits; the similarity's by default
   logit_cap: float | None = None  # c · tanh(logits / c)
   with_qk_norm: bool = False  # RMS norm of each head's queries and keys
+  qk_norm: dict | None = None  # fields of `RMSNorm`, of these norms
   with_rotary: bool = False  # rotary position codes on queries and keys
   rotary: dict | None = None  # fields of `Rotary`, of these codes
   with_sinks: bool = False  # a learned extra logit per head
@@ -218,8 +219,9 @@ class MultiHeadAttention(hk.Module):
   def _encode(self, query, key, positions, is_self):
     """Applies norms and rotary codes to queries and keys [*b, t, h, d]."""
     if self.with_qk_norm:
-      query = RMSNorm('query_norm')(query)
-      key = None if key is None else RMSNorm('key_norm')(key)
+      fields = self.qk_norm or {}
+      query = RMSNorm(name='query_norm', **fields)(query)
+      key = None if key is None else RMSNorm(name='key_norm', **fields)(key)
     if self.with_rotary:
       if positions is None:
         positions = jnp.arange(query.shape[-3])

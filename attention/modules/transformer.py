@@ -5,6 +5,7 @@ import dataclasses
 import haiku as hk
 import jax
 
+from attention.modules.experts import Experts
 from attention.modules.fields import check_choice
 from attention.modules.layers import NORMS, Linear, dropout
 from attention.modules.mixers import MIXERS
@@ -18,6 +19,7 @@ _ACTIVATIONS = {
   'swiglu': jax.nn.silu,
 }
 _GATED = ('geglu', 'swiglu')
+_PLACES = ('pre', 'post', 'both')
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
@@ -26,20 +28,24 @@ class TransformerBlock(hk.Module):
 
   Each sublayer has a residual connection: `x + sublayer(norm(x))` where `norm`
   is 'pre' (GPT-2), `norm(x + sublayer(x))` where it is 'post' (Vaswani et al.
-  2017).
+  2017), `x + post_norm(sublayer(norm(x)))` where it is 'both' (Gemma 2).
 
   The feed-forward layer is `contract(activation(expand(x)))`. The gated
   activations 'geglu' and 'swiglu' compute
   `contract(activation(gate(x)) * expand(x))` (Shazeer 2020) with a hidden width
   of 8/3 times the model's, so that the number of parameters stays the same.
+  With `experts`, a mixture replaces this layer.
   """
 
   num_heads: int
   mixer: str = 'attention'  # what replaces self-attention: 'lstm' or 'conv'
   hidden_size: int | None = None  # feed-forward width; 4 × model width
-  norm: str = 'pre'  # or 'post'
-  norm_kind: str = 'layer'  # or 'rms'
+  norm: str = 'pre'  # or 'post', 'both'
+  norm_kind: str = 'layer'  # or 'rms', 'zero_centred_rms'
+  norm_epsilon: float = 1e-5  # added to the variance
   activation: str = 'gelu'  # or 'relu', 'silu', 'geglu', 'swiglu'
+  with_feed_forward_bias: bool = True
+  experts: dict | None = None  # fields of Experts
   dropout_rate: float = 0.0  # of sublayer outputs and attention weights
   w_init: hk.initializers.Initializer | None = None
   output_w_init: hk.initializers.Initializer | None = None  # of output layers
@@ -78,7 +84,7 @@ class TransformerBlock(hk.Module):
       ValueError: an unknown norm, activation or mixer, a width not divisible by
         the number of heads, or a cache for other layers.
     """
-    check_choice('norm', self.norm, ('pre', 'post'))
+    check_choice('norm', self.norm, _PLACES)
     check_choice('norm_kind', self.norm_kind, NORMS)
     check_choice('activation', self.activation, _ACTIVATIONS)
     check_choice('mixer', self.mixer, ('attention', *MIXERS))
@@ -140,25 +146,39 @@ class TransformerBlock(hk.Module):
 
   @hk.transparent
   def _add(self, x, name, sublayer, is_training):
-    norm = NORMS[self.norm_kind](f'{name}_norm')
-    y = sublayer(norm(x) if self.norm == 'pre' else x)
+    def norm(name, x):
+      return NORMS[self.norm_kind](name=name, epsilon=self.norm_epsilon)(x)
+
+    y = sublayer(x if self.norm == 'post' else norm(f'{name}_norm', x))
+    if self.norm == 'both':
+      y = norm(f'{name}_post_norm', y)
     x = x + dropout(y, self.dropout_rate, is_training)
     # Materialises the sum. XLA on CPU would otherwise recompute the sums of all
     # earlier layers inside every kernel that reads it.
     x = jax.lax.optimization_barrier(x)
-    return x if self.norm == 'pre' else norm(x)
+    return norm(f'{name}_norm', x) if self.norm == 'post' else x
 
   @hk.transparent
   def _feed_forward(self, x):
+    if self.experts:
+      return Experts(
+        w_init=self.w_init,
+        output_w_init=self.output_w_init,
+        name='experts',
+        **self.experts,
+      )(x)
     width = x.shape[-1]
     is_gated = self.activation in _GATED
     hidden = self.hidden_size or (8 * width // 3 if is_gated else 4 * width)
     activation = _ACTIVATIONS[self.activation]
-    h = Linear(hidden, w_init=self.w_init, name='expand')(x)
+
+    def project(x, name, size, w_init):
+      with_bias = self.with_feed_forward_bias
+      return Linear(size, with_bias=with_bias, w_init=w_init, name=name)(x)
+
+    h = project(x, 'expand', hidden, self.w_init)
     if is_gated:
-      h = h * activation(Linear(hidden, w_init=self.w_init, name='gate')(x))
+      h = h * activation(project(x, 'gate', hidden, self.w_init))
     else:
       h = activation(h)
-    return Linear(
-      width, w_init=self.output_w_init or self.w_init, name='contract'
-    )(h)
+    return project(h, 'contract', width, self.output_w_init or self.w_init)

@@ -53,6 +53,7 @@ class Rotary:
 
   base: int | float = 10_000.0
   num_channels: int | None = None  # rotated ones, the first; None: all
+  pairs: str = 'adjacent'  # 2i and 2i + 1; or 'halves': i and i + n/2
   scaling: str = 'none'  # linear, llama3 or yarn
   factor: int | float = 1.0  # new length / original_length
   original_length: int = 8192  # of the contexts in training
@@ -66,11 +67,12 @@ class Rotary:
   )
 
   def __post_init__(self):
-    known = 'none', 'linear', 'llama3', 'yarn'
-    if self.scaling not in known:
-      raise ValueError(
-        f'scaling: expected one of {list(known)}, got {self.scaling!r}'
-      )
+    for field, known in (
+      ('scaling', ['none', 'linear', 'llama3', 'yarn']),
+      ('pairs', ['adjacent', 'halves']),
+    ):
+      if (value := getattr(self, field)) not in known:
+        raise ValueError(f'{field}: expected one of {known}, got {value!r}')
     for field in ('base', 'factor', 'original_length'):
       if (value := getattr(self, field)) <= 0:
         raise ValueError(f'{field}: expected a number above 0, got {value}')
@@ -126,7 +128,8 @@ def rotary(x, positions, base: float = 10_000.0, *, kind: Rotary | None = None):
 
   Channels 2i and 2i + 1 are a point in the plane, which is rotated by the angle
   position / base^(2i / d). The dot product of a rotated query and a rotated key
-  depends only on the difference of their positions.
+  depends only on the difference of their positions. Published models often pair
+  channels i and i + d/2 instead (`Rotary.pairs`).
 
   Args:
     x: [*b, t, h, d] queries or keys, d even.
@@ -165,7 +168,15 @@ def rotary(x, positions, base: float = 10_000.0, *, kind: Rotary | None = None):
   angles = positions[..., None, None].astype(jnp.float32) * frequencies
   cos, sin = kind.scale * jnp.cos(angles), kind.scale * jnp.sin(angles)
   rotated, rest = x[..., :size], x[..., size:]
-  even, odd = (rotated[..., i::2].astype(jnp.float32) for i in (0, 1))
-  pairs = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
-  turned = pairs.reshape(rotated.shape).astype(x.dtype)
+  exact = rotated.astype(jnp.float32)
+  if kind.pairs == 'halves':
+    a, b = jnp.split(exact, 2, axis=-1)
+  else:
+    a, b = exact[..., 0::2], exact[..., 1::2]
+  pairs = a * cos - b * sin, a * sin + b * cos
+  if kind.pairs == 'halves':
+    turned = jnp.concatenate(pairs, axis=-1)
+  else:
+    turned = jnp.stack(pairs, axis=-1).reshape(rotated.shape)
+  turned = turned.astype(x.dtype)
   return jnp.concatenate([turned, rest], -1) if size < width else turned

@@ -69,6 +69,23 @@ def test_a_way_changes_neither_parameters_nor_loss(way, plain, assert_close):
   assert np.isfinite(logits).all()
 
 
+def test_scan_repeats_a_pattern_of_windows(assert_close):
+  fields = dict(
+    num_layers=5, window=3, window_pattern='wwf', output_logit_cap=2.0
+  )
+  plain = _model(**fields, positions='alibi', with_scaled_embeddings=True)
+  other = _model(
+    **fields, positions='alibi', with_scaled_embeddings=True, use_scan=True
+  )
+  params = _params(plain)
+  jax.tree.map(np.testing.assert_array_equal, _params(other), params)
+  expected, got = (
+    jax.jit(jax.value_and_grad(_loss(model)))(params)
+    for model in (plain, other)
+  )
+  jax.tree.map(assert_close, got, expected)
+
+
 def test_remat_holds_less_and_scan_compiles_less():
   compiled = {}
   fields = dict(num_layers=6, context_size=64, model_size=32)

@@ -36,6 +36,33 @@ _VARIANTS = {
     'sinks',
   ),
   'full_values': (dict(attention=dict(value_factorisation='full')), ''),
+  'gemma': (
+    dict(
+      num_layers=2,
+      positions='rotary',
+      norm='both',
+      norm_kind='zero_centred_rms',
+      norm_epsilon=1e-4,
+      activation='geglu',
+      with_feed_forward_bias=False,
+      window=3,
+      window_pattern='wf',
+      window_attention=dict(rotary=dict(base=100.0)),
+      attention=dict(with_qk_norm=True, key_size=6, with_bias=False),
+    ),
+    'attention_post_norm',
+  ),
+  'rotary_halves': (
+    dict(
+      positions='rotary',
+      attention=dict(rotary=dict(pairs='halves', num_channels=2)),
+    ),
+    '',
+  ),
+  'experts': (
+    dict(experts=dict(num_experts=3, num_active=2, hidden_size=6)),
+    'experts',
+  ),
 }
 
 
@@ -158,6 +185,15 @@ def test_a_window_bounds_the_reach_of_a_layer():
     (dict(norm_kind='rsm'), "norm_kind: .*did you mean 'rms'"),
     (dict(activation='swigl'), "activation: .*did you mean 'swiglu'"),
     (dict(window=-1), 'window: expected 1 or more, got -1'),
+    (dict(window=2, window_pattern='wg'), 'expected the letters w and f'),
+    (
+      dict(experts=dict(num_experts=2, num_active=3, hidden_size=4)),
+      'experts.num_active: expected at most num_experts=2, got 3',
+    ),
+    (
+      dict(attention=dict(rotary=dict(bas=1.0))),
+      "model.attention.rotary.bas: .*did you mean 'base'",
+    ),
     (dict(attention=dict(similarity='cosin')), "did you mean 'cosine'"),
     (dict(attention=dict(with_sink=True)), "did you mean 'with_sinks'"),
     (dict(attention=dict(num_heads=3)), 'model.attention.num_heads: '),
