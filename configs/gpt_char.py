@@ -77,21 +77,37 @@ def _default():
         'model_size': 128,
         'mixer': 'attention',  # or 'lstm', 'conv'
         'positions': 'learned',  # sinusoidal, rotary, alibi, t5, none
-        'norm': 'pre',  # 'post'
-        'norm_kind': 'layer',  # 'rms'
+        'norm': 'pre',  # post, both
+        'norm_kind': 'layer',  # rms, zero_centred_rms
+        'norm_epsilon': 1e-5,
         'activation': 'gelu',  # relu, silu, geglu, swiglu
+        'with_feed_forward_bias': True,
         'window': 0,  # reach of self-attention in tokens; 0: unlimited
+        'window_pattern': 'w',  # of layers, repeated; wwf: 1 in 3 without
         'attention': {
           'similarity': 'scaled_dot',  # dot, cosine, general, additive
           'num_kv_heads': 0,  # a divisor of num_heads; 0: num_heads
+          'key_size': 0,  # channels per head; 0: model_size / num_heads
+          'scale': 0.0,  # of logits; 0: the similarity's
+          'with_bias': True,  # of query, key and value
+          'with_output_bias': True,
           'with_qk_norm': False,  # RMS norm of queries and keys
           'with_sinks': False,  # a learned extra logit per head
           'logit_cap': 0.0,  # c · tanh(logits / c); 0: none
+          'rotary': {  # of positions='rotary'
+            'base': 10_000.0,
+            'num_channels': 0,  # the first ones of a head; 0: all
+            'scaling': 'none',  # linear, llama3, yarn
+            'factor': 1.0,  # of the scaling
+            'original_length': 8_192,  # context before the scaling
+          },
           'value_factorisation': 'low_rank',  # 'full'
           'implementation': '',  # fused, chunked, reference; '': the default
         },
         'dropout_rate': 0.0,
         'with_tied_output': True,
+        'with_scaled_embeddings': False,  # times √model_size
+        'output_logit_cap': 0.0,  # 0: none
         'use_scan': False,  # compile one block for all layers
         'use_remat': False,  # recompute blocks: less memory, more time
       },

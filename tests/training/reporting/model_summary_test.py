@@ -41,6 +41,11 @@ def test_gpt3_is_counted_exactly(capsys):
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
+def test_llama_is_counted_as_published(capsys):
+  text = _inspect(capsys, '--config=configs/llama3_8b.py')
+  assert '8,030,261,248' in _row(text, 'total')
+
+
 def test_gpt3_takes_seconds_and_little_memory():
   # Measure CPU time, which other processes do not affect, and VmHWM, because
   # ru_maxrss is inherited from the parent process.
