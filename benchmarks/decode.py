@@ -1,13 +1,16 @@
-"""Compare greedy decoding with a GPT to transformers, on the CPU.
+"""Compare greedy decoding to transformers, on the CPU.
 
-  python benchmarks/decode.py [--rounds=7] [--batch_sizes=1,16] [--recompute]
+  python benchmarks/decode.py [--size=gpt|llama] [--rounds=7] \\
+    [--batch_sizes=1,16] [--recompute]
 
-A GPT of 10.7 M parameters (6 layers, 6 heads, width 384, vocabulary of 65)
-generates 256 tokens after a prompt of 64. The peers are transformers'
-`generate` with its cache, on the same weights, and our own model without a
-cache (--recompute). The peers' tokens are compared with ours. All take turns in
-one process. The table shows medians over the rounds, and medians of the
-per-round ratios.
+The models generate tokens after a prompt of 64: a GPT of 10.7 M parameters (6
+layers, 6 heads, width 384, vocabulary of 65) 256 tokens, a Llama of 125 M
+parameters (12 layers, 12 heads, 4 key heads, width 768, vocabulary of 32,000)
+64 tokens. The peers are transformers' `generate` with its cache, on the same
+weights in float32 and bfloat16, and our own model without a cache
+(--recompute). The peers' tokens are compared with ours. All take turns in one
+process. The table shows medians over the rounds, and medians of the per-round
+ratios.
 """
 
 # ruff: noqa: E402
@@ -36,17 +39,42 @@ from attention.interop import transformers as interop
 from attention.models.gpt import window_step
 from attention.ops.cache import Cache
 
-PROMPT, NEW, CONTEXT = 64, 256, 320
-SIZES = dict(num_layers=6, num_heads=6, model_size=384)
-VOCAB = 65
+PROMPT = 64
+NEW = {'gpt': 256, 'llama': 64}
+FIELDS = {
+  'gpt': dict(
+    vocab_size=65,
+    context_size=PROMPT + NEW['gpt'],
+    num_layers=6,
+    num_heads=6,
+    model_size=384,
+  ),
+  'llama': dict(
+    vocab_size=32_000,
+    context_size=PROMPT + NEW['llama'],
+    num_layers=12,
+    num_heads=12,
+    model_size=768,
+    hidden_size=2944,
+    positions='rotary',
+    norm_kind='rms',
+    activation='swiglu',
+    with_feed_forward_bias=False,
+    fused_qkv=False,
+    attention=dict(
+      num_kv_heads=4,
+      with_bias=False,
+      with_output_bias=False,
+      rotary=dict(pairs='halves'),
+    ),
+  ),
+}
 
 
-def our_model():
+def our_model(fields):
   model = hk.without_apply_rng(
     hk.transform(
-      lambda tokens, **more: models.create(
-        'gpt', vocab_size=VOCAB, context_size=CONTEXT, **SIZES
-      )(tokens, **more)
+      lambda tokens, **more: models.create('gpt', **fields)(tokens, **more)
     )
   )
   params = model.init(jax.random.key(0), np.zeros((1, 2), int))
@@ -54,7 +82,7 @@ def our_model():
   return model, jax.tree.map(lambda p: p * 3, params)
 
 
-def ours(model, params, prompt):
+def ours(model, params, prompt, new):
   """Compile greedy decoding with a cache; returns (program, inputs)."""
 
   @jax.jit
@@ -63,38 +91,41 @@ def ours(model, params, prompt):
       logits, cache = model.apply(params, tokens, cache=cache)
       return logits[:, -1], cache
 
-    return decoding.greedy(step, Cache.create(CONTEXT), prompt, NEW)
+    cache = Cache.create(PROMPT + new - 1)
+    return decoding.greedy(step, cache, prompt, new)
 
   return decode.lower(params, prompt).compile(), (params, prompt)
 
 
-def recomputing(model, params, prompt):
+def recomputing(model, params, prompt, new):
   """Compile decoding without a cache, which reruns the whole sequence."""
 
   @jax.jit
   def decode(params, prompt):
-    step, (window, length) = window_step(model.apply, params, CONTEXT)
+    size = PROMPT + new
+    step, (window, length) = window_step(model.apply, params, size)
     window = jnp.repeat(window, len(prompt), axis=0)
-    return decoding.greedy(step, (window, length), prompt, NEW)
+    return decoding.greedy(step, (window, length), prompt, new)
 
   return decode.lower(params, prompt).compile(), (params, prompt)
 
 
-def peer(params):
-  """Create transformers' GPT-2 with our parameters."""
-  fields = dict(vocab_size=VOCAB, context_size=CONTEXT, **SIZES)
+def peer(fields, params, dtype):
+  """Create transformers' model with our parameters."""
   with tempfile.TemporaryDirectory() as folder:
     interop.save(folder, fields, params)
-    return transformers.GPT2LMHeadModel.from_pretrained(folder).eval()
+    return transformers.AutoModelForCausalLM.from_pretrained(
+      folder, dtype=getattr(torch, dtype)
+    ).eval()
 
 
-def generate(network, prompt):
+def generate(network, prompt, new):
   prompt = torch.from_numpy(np.array(prompt, np.int64))
   with torch.inference_mode():
     tokens = network.generate(
       prompt,
       attention_mask=torch.ones_like(prompt),
-      max_new_tokens=NEW,
+      max_new_tokens=new,
       do_sample=False,
       use_cache=True,
       pad_token_id=0,
@@ -102,10 +133,12 @@ def generate(network, prompt):
   return tokens[:, PROMPT:].numpy()
 
 
-def describe_memory(compiled, batch_size, itemsize):
+def describe_memory(compiled, fields, batch_size, itemsize):
   """Format the size of the cache, and of all temporaries."""
-  size = SIZES['model_size']
-  cache = 2 * SIZES['num_layers'] * batch_size * CONTEXT * size * itemsize
+  heads = fields['num_heads']
+  kv_heads = fields.get('attention', {}).get('num_kv_heads', heads)
+  size = fields['model_size'] * kv_heads // heads * fields['context_size']
+  cache = 2 * fields['num_layers'] * batch_size * size * itemsize
   memory = compiled.memory_analysis()
   return (
     f'batch {batch_size}: cache {cache / 2**20:.1f} MiB (from its shapes), all '
@@ -117,6 +150,7 @@ def main():
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
+  parser.add_argument('--size', choices=FIELDS, default='gpt')
   parser.add_argument('--rounds', type=int, default=7)
   parser.add_argument('--batch_sizes', default='1,16')
   parser.add_argument(
@@ -124,25 +158,31 @@ def main():
   )
   parser.add_argument('--dtypes', default='float32,bfloat16')
   arguments = parser.parse_args()
-  model, params = our_model()
+  fields, new = FIELDS[arguments.size], NEW[arguments.size]
+  dtypes = arguments.dtypes.split(',')
+  model, params = our_model(fields)
   count = sum(p.size for p in jax.tree.leaves(params))
-  network = peer(params)
+  networks = {dtype: peer(fields, params, dtype) for dtype in dtypes}
   console = Console()
   table = Table('batch', '', 'tokens/s', 'time ratio to first', 'tokens')
   for batch_size in map(int, arguments.batch_sizes.split(',')):
-    prompt = np.random.default_rng(0).integers(0, VOCAB, (batch_size, PROMPT))
+    rng = np.random.default_rng(0)
+    prompt = rng.integers(0, fields['vocab_size'], (batch_size, PROMPT))
     contestants = {}
-    for dtype in arguments.dtypes.split(','):
+    for dtype in dtypes:
       weights = jax.tree.map(lambda p, dtype=dtype: p.astype(dtype), params)
-      compiled, inputs = ours(model, weights, prompt)
+      compiled, inputs = ours(model, weights, prompt, new)
       contestants[f'attention, {dtype}'] = functools.partial(compiled, *inputs)
       itemsize = jnp.dtype(dtype).itemsize
-      console.print(dtype, describe_memory(compiled, batch_size, itemsize))
-    contestants['transformers, generate'] = functools.partial(
-      generate, network, prompt
-    )
+      console.print(
+        dtype, describe_memory(compiled, fields, batch_size, itemsize)
+      )
+    for dtype, network in networks.items():
+      contestants[f'transformers, {dtype}'] = functools.partial(
+        generate, network, prompt, new
+      )
     if arguments.recompute:
-      compiled, inputs = recomputing(model, params, prompt)
+      compiled, inputs = recomputing(model, params, prompt, new)
       contestants['recomputing'] = functools.partial(compiled, *inputs)
     times, tokens = {name: [] for name in contestants}, {}
     for n in range(arguments.rounds + 1):  # the first round is a warm-up
@@ -159,7 +199,7 @@ def main():
       table.add_row(
         str(batch_size),
         name,
-        f'{batch_size * NEW / statistics.median(seconds):,.0f}',
+        f'{batch_size * new / statistics.median(seconds):,.0f}',
         f'{statistics.median(ratios):.2f}',
         f'{same:.1%} identical',
       )
