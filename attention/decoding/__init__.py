@@ -13,6 +13,7 @@ end token, the first if there are several.
 from attention.decoding.beams import beam_search
 from attention.decoding.filters import check_strategy
 from attention.decoding.prompts import prefill
+from attention.decoding.rewinding import rewind
 from attention.decoding.sampling import greedy, sample
 from attention.decoding.speculation import speculative
 
@@ -21,6 +22,7 @@ __all__ = [
   'check_strategy',
   'greedy',
   'prefill',
+  'rewind',
   'sample',
   'speculative',
 ]

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from attention.decoding import rewinding
 from attention.decoding.filters import check_strategy, probabilities
 from attention.decoding.prompts import check_prompt, end_tokens, is_any, prefill
-from attention.ops.cache import Cache, CrossCache
 
 
 def speculative(
@@ -61,7 +61,7 @@ def speculative(
     with_cache: whether to return the caches too, to go on. They hold all tokens
       but the last, the prompt of the next call.
     rewind: function (cache, count) -> cache that forgets the last `count`
-      tokens, for caches of another kind.
+      tokens, for caches of another kind; the function `rewind` by default.
 
   Returns:
     Tokens [b, num_tokens] int32, without the prompt; and [] float32, how many
@@ -82,10 +82,12 @@ def speculative(
         f'rng: expected a key for temperature={temperature}, got None'
       )
     rng = jax.random.key(0)  # chooses from one token each
-  if rewind is None:
-    rewind = _rewind
+  has_known_caches = rewind is None
+  rewind = rewind or rewinding.rewind
+  if has_known_caches:
     size = prompt.shape[1] + num_tokens + num_draft - 1
-    _check_capacities({'cache': cache, 'draft_cache': draft_cache}, size)
+    rewinding.check_capacity('cache', cache, size)
+    rewinding.check_capacity('draft_cache', draft_cache, size)
   ends = end_tokens(end)
 
   def distributions(logits):
@@ -98,8 +100,9 @@ def speculative(
       f'draft: expected a vocabulary of {logits.shape[-1]} like that of step, '
       f'got {other.shape[-1]}'
     )
-  if rewind is _rewind:
-    _check_spare({'cache': cache, 'draft_cache': draft_cache}, num_draft)
+  if has_known_caches:
+    rewinding.check_spare('cache', cache, num_draft)
+    rewinding.check_spare('draft_cache', draft_cache, num_draft)
 
   def propose(carry, rng):
     token, draft_cache = carry
@@ -202,42 +205,3 @@ def _last(step):
     return logits[:, -1], cache
 
   return last
-
-
-def _is_cache(node):
-  return isinstance(node, Cache | CrossCache)
-
-
-def _rewind(cache, count):
-  def back(node):
-    return node.rewind(count) if isinstance(node, Cache) else node
-
-  return jax.tree.map(back, cache, is_leaf=_is_cache)
-
-
-def _check_capacities(caches, size):
-  """Check that caches are of a known kind, and large enough if empty."""
-  for name, cache in caches.items():
-    for node in jax.tree.leaves(cache, is_leaf=_is_cache):
-      if not _is_cache(node):
-        raise ValueError(
-          f'{name}: expected arrays in a Cache or CrossCache only, got one of '
-          f'shape {jnp.shape(node)}; pass rewind='
-        )
-      is_empty = isinstance(node, Cache) and node.key is None
-      if is_empty and node.capacity < size:
-        raise ValueError(
-          f'{name}: expected a capacity of {size}, for the prompt, num_tokens '
-          f'and num_draft, got {node.capacity}'
-        )
-
-
-def _check_spare(caches, num_draft):
-  for name, cache in caches.items():
-    for node in jax.tree.leaves(cache, is_leaf=_is_cache):
-      is_short = isinstance(node, Cache) and node.num_slots < node.capacity
-      if is_short and node.spare < num_draft:
-        raise ValueError(
-          f'{name}: expected spare={num_draft}, num_draft, or more in the '
-          f'cache of a window, got {node.spare}'
-        )
