@@ -4,6 +4,7 @@ Commands: sample, translate, evaluate, contacts, plot, inspect, doctor.
 """
 
 import argparse
+import json
 import os
 import pathlib
 import sys
@@ -15,6 +16,7 @@ import attention
 from attention import plots
 from attention.data import alignments, structures, translation
 from attention.data import contacts as contact_maps
+from attention.data.files import read_lines
 from attention.ops.platforms import PLATFORMS
 from attention.training import command_line, tasks, trained, translate_lines
 from attention.training.devices import catalogue, report
@@ -22,6 +24,7 @@ from attention.training.main import print_error, set_up_jax
 from attention.training.reporting import model_summary
 from attention.training.workdir import run_files
 
+_ROWS = 16  # prompts that are continued together
 _STRATEGIES = ('temperature', 'top_k', 'top_p', 'min_p', 'repetition_penalty')
 
 
@@ -43,18 +46,42 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def sample(arguments) -> int:
-  """Continue a prompt with a run's model, printing text as it is sampled."""
+  """Continue a prompt, or each line of a file, with a run's model."""
   task, params = _open(arguments, 'language')
-  for text in task.stream(
-    params,
-    arguments.prompt,
-    arguments.num_tokens,
-    seed=arguments.seed,
-    **{name: getattr(arguments, name) for name in _STRATEGIES},
-  ):
-    print(text, end='', flush=True)
-  print()
+  options = {name: getattr(arguments, name) for name in _STRATEGIES}
+  options |= {'seed': arguments.seed, 'stop': tuple(arguments.stop)}
+  draft = None
+  if arguments.draft is not None:
+    small, its_params = trained.load(arguments.draft, 'language')
+    draft = options['draft'] = small.as_draft(its_params, arguments.num_draft)
+  if arguments.prompts is None:
+    prompt = '\n' if arguments.prompt is None else arguments.prompt
+    for text in task.stream(params, prompt, arguments.num_tokens, **options):
+      print(text, end='', flush=True)
+    print()
+  else:
+    _continue_lines(
+      task, params, arguments.prompts, arguments.num_tokens, options
+    )
+  if draft is not None and draft.accepted:
+    mean = sum(draft.accepted) / len(draft.accepted)
+    print(
+      f'{mean:.2f} of {draft.num_draft} proposals accepted per call',
+      file=sys.stderr,
+    )
   return 0
+
+
+def _continue_lines(task, params, path, num_tokens, options):
+  prompts = read_lines(path)
+  for i, prompt in enumerate(prompts):
+    task.encode(f'{path}: line {i + 1}', prompt)
+  for i in range(0, len(prompts), _ROWS):
+    part = prompts[i : i + _ROWS]
+    answers = task.continue_batch(params, part, num_tokens, **options)
+    for prompt, answer in zip(part, answers, strict=True):
+      line = {'prompt': prompt, 'continuation': answer}
+      print(json.dumps(line, ensure_ascii=False), flush=True)
 
 
 def translate(arguments) -> int:
@@ -264,7 +291,16 @@ def _parser():
 
   add = commands.add_parser('sample', help=sample.__doc__)
   add.add_argument('--workdir', required=True, help='folder of the run')
-  add.add_argument('--prompt', default='\n', help='text to continue')
+  prompts = add.add_mutually_exclusive_group()
+  prompts.add_argument(
+    '--prompt', help='text to continue (default: an empty line)'
+  )
+  prompts.add_argument(
+    '--prompts',
+    metavar='FILE',
+    help='file with a text to continue on each line; each answer is printed as '
+    "a line of JSON, with keys 'prompt' and 'continuation'",
+  )
   add.add_argument(
     '--num_tokens',
     type=int,
@@ -292,6 +328,25 @@ def _parser():
   )
   add.add_argument(
     '--repetition_penalty', type=float, help='above 1: fewer repetitions'
+  )
+  add.add_argument(
+    '--stop',
+    action='append',
+    default=[],
+    metavar='TEXT',
+    help='end before this text; may be given several times',
+  )
+  add.add_argument(
+    '--draft',
+    metavar='WORKDIR',
+    help='run of a smaller model with the same vocabulary, whose proposals '
+    'make sampling faster and do not change its distribution',
+  )
+  add.add_argument(
+    '--num_draft',
+    type=int,
+    default=4,
+    help='number of tokens that it proposes at a time (default: 4)',
   )
   add.add_argument(
     '--seed', type=int, default=0, help='random seed (default: 0)'

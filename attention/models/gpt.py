@@ -41,7 +41,8 @@ class GPT(Transformer):
     Args:
       tokens: [b, t] ids in [0, vocab_size), t up to context_size.
       cache: an empty `Cache` for the first tokens, of a capacity up to
-        context_size, then the cache that the previous call returned.
+        context_size, then the cache that the previous call returned. Its window
+        is that of the layers.
       is_training: whether to apply dropout.
 
     Returns:
@@ -54,7 +55,10 @@ class GPT(Transformer):
     """
     self.check()
     if isinstance(cache, Cache):
-      cache = ({'attention': cache},) * self.num_layers
+      cache = tuple(
+        {'attention': self._layer_cache(cache, i)}
+        for i in range(self.num_layers)
+      )
     first = None if cache is None else cache[0]['attention']
     length = tokens.shape[-1] if first is None else first.capacity
     if length > self.context_size:
@@ -118,6 +122,11 @@ class GPT(Transformer):
       cap = self.output_logit_cap
       logits = cap * jnp.tanh(logits / cap)
     return logits if cache is None else (logits, tuple(after))
+
+  def _layer_cache(self, cache, layer: int):
+    """The cache of a layer, which holds the keys that its window reaches."""
+    del layer
+    return dataclasses.replace(cache, window=self.window)
 
 
 def window_step(apply, params, context_size: int, start=0):

@@ -37,6 +37,19 @@ class Bias:
     """
     raise NotImplementedError
 
+  def columns(self, query, num_query, keys):
+    """Return the rows of `num_query` queries from `query` on, at some keys.
+
+    Args:
+      query: first query; may be traced.
+      num_query: number of queries.
+      keys: [k] ints, the keys' positions; may be traced.
+
+    Returns:
+      [h, num_query, k], or an array broadcastable to [*b, h, num_query, k].
+    """
+    raise NotImplementedError
+
   def zero_gradient(self):
     """Return the initial value for `add_gradient` to accumulate into."""
     raise NotImplementedError
@@ -75,6 +88,10 @@ class ArrayBias(Bias):
     x = batching.take_rows(self.array, 3, batch, row, rows)
     x = batching.take_block(x, query, num_query, 2)
     return batching.take_block(x, key, num_key, 3).astype(jnp.float32)
+
+  def columns(self, query, num_query, keys):
+    x = jnp.asarray(batching.take_block(self.array, query, num_query, -2))
+    return x if x.shape[-1] == 1 else x[..., keys]
 
   def zero_gradient(self):
     return jnp.zeros(batching.flatten(self.array, 3).shape, jnp.float32)
@@ -129,7 +146,9 @@ class Relative(Bias):
     return self.finish_gradient(vjp(gradient)[0])
 
   def _block(self, query, num_query, key, num_key):
-    keys = key + jnp.arange(num_key)
+    return self.columns(query, num_query, key + jnp.arange(num_key))
+
+  def columns(self, query, num_query, keys):
     return self.at(keys - (query + jnp.arange(num_query))[:, None])
 
   def tile(self, batch, row, rows, query, num_query, key, num_key):

@@ -71,8 +71,11 @@ class Condition:
 
   def tile(self, query, num_query, key, num_key):
     """Evaluate the condition on a block of logits; broadcastable to it."""
-    queries = (query + jnp.arange(num_query))[:, None]
-    return self.at(queries, key + jnp.arange(num_key))
+    return self.columns(query, num_query, key + jnp.arange(num_key))
+
+  def columns(self, query, num_query, keys):
+    """Evaluate the condition on rows of logits, at any `keys` [k]."""
+    return self.at((query + jnp.arange(num_query))[:, None], keys)
 
   def key_range(self, first, last):
     """Return (low, high): queries first … last attend only to these keys.
@@ -183,6 +186,11 @@ class Segments(Condition):
     keys = take_block(self.key_ids, key, num_key, -1)
     return (queries[..., :, None] == keys[..., None, :])[..., None, :, :]
 
+  def columns(self, query, num_query, keys):
+    queries = take_block(self.query_ids, query, num_query, -1)
+    keys = jnp.asarray(self.key_ids)[..., keys]
+    return (queries[..., :, None] == keys[..., None, :])[..., None, :, :]
+
 
 class Prefix(Condition):
   """Allows all keys before the length, and the others causally."""
@@ -211,6 +219,10 @@ class Dense(Condition):
   def tile(self, query, num_query, key, num_key):
     rows = take_block(self.array, query, num_query, -2)
     return take_block(rows, key, num_key, -1)
+
+  def columns(self, query, num_query, keys):
+    rows = jnp.asarray(take_block(self.array, query, num_query, -2))
+    return rows if rows.shape[-1] == 1 else rows[..., keys]
 
 
 def _int_or_array(name, value):
@@ -321,6 +333,22 @@ class Mask:
     allowed = jnp.ones((1, 1), bool)
     for condition in self.conditions:
       allowed = allowed & condition.tile(query, num_query, key, num_key)
+    return allowed
+
+  def columns(self, query, num_query: int, keys) -> jax.Array:
+    """Return the rows of `num_query` queries from `query` on, at some keys.
+
+    Args:
+      query: first query; may be traced.
+      num_query: number of queries.
+      keys: [k] ints, the keys' positions; may be traced.
+
+    Returns:
+      Booleans, broadcastable to [*b, h, num_query, k].
+    """
+    allowed = jnp.ones((1, 1), bool)
+    for condition in self.conditions:
+      allowed = allowed & condition.columns(query, num_query, keys)
     return allowed
 
   def rows(self, batch: tuple, start, count: int) -> 'Mask':

@@ -18,9 +18,12 @@ def _heads(arrays):
 _attend = jax.jit(dot_product_attention)
 
 
-def _in_pieces(query, key, value, sizes, start=None, **arguments):
+def _in_pieces(
+  query, key, value, sizes, start=None, window=None, spare=0, **arguments
+):
   """Attend through a cache, feeding `sizes` tokens at a time."""
-  cache, outputs, at = Cache.create(N, start), [], 0
+  cache = Cache.create(N, start, window=window, spare=spare)
+  outputs, at = [], 0
   for size in sizes:
     part = slice(at, at + size)
     cache, (k, v, mask, bias) = cache.extend(
@@ -29,6 +32,7 @@ def _in_pieces(query, key, value, sizes, start=None, **arguments):
     outputs.append(_attend(query[:, part], k, v, mask=mask, bias=bias))
     at += size
   assert cache.length == at
+  assert cache.key.shape[-1] == cache.value.shape[-2] == cache.num_slots
   return jnp.concatenate(outputs, axis=1)
 
 
@@ -64,6 +68,84 @@ def test_incremental_attention_matches_whole(case, arrays, assert_close):
   # The first piece holds the whole prefix, which attends to all of itself.
   for sizes in ([T], [4, 1, 1, 5], [3, *[1] * (T - 3)]):
     assert_close(_in_pieces(*heads, sizes, **_CASES[case]), expected)
+
+
+@pytest.mark.parametrize(
+  'case', ['causal', 'segments', 'array', 'alibi', 'bias']
+)
+def test_a_window_is_kept_in_as_many_slots(case, arrays, assert_close):
+  heads = _heads(arrays)
+  arguments = _whole(case)
+  mask = arguments['mask']
+  mask = Mask.dense(mask) if case == 'array' else mask
+  arguments['mask'] = mask & Mask.window(left=3)
+  expected = _attend(*heads, **arguments)
+  one_by_one = [1] * T
+  for sizes, spare in (
+    (one_by_one, 0),
+    ([3, *[1] * (T - 3)], 2),
+    ([6, 4, 1], 0),  # longer than the window, and as long
+    ([2, 2, 2, 5], 1),
+    ([1, 7, 3], 4),
+  ):
+    actual = _in_pieces(*heads, sizes, window=4, spare=spare, **_CASES[case])
+    assert_close(actual, expected)
+
+
+@pytest.mark.parametrize('window', [1, 4, N - 1, N, N + 5])
+def test_padded_rows_of_a_window_match_rows_without(
+  window, arrays, assert_close
+):
+  query, key, value = _heads(arrays)
+  start = np.array([0, 4, 2], np.int32)
+  mask = Mask.causal() & Mask.window(left=window - 1)
+  whole = _attend(
+    query, key, value, mask=mask & Mask.dense(_real(start)[..., :T])
+  )
+  for sizes in ([T], [5, 1, 4, 1]):
+    actual = _in_pieces(
+      query, key, value, sizes, start, window=window, mask=Mask.causal()
+    )
+    assert_close(actual, whole)
+
+
+def _real(start):
+  return (np.arange(N) >= start[:, None])[:, None, None]
+
+
+@pytest.mark.parametrize(('window', 'spare'), [(None, 0), (4, 3), (4, N)])
+def test_tokens_after_rewinding_replace_the_forgotten(
+  window, spare, arrays, assert_close
+):
+  heads = _heads(arrays)
+  wrong = [-x for x in heads]
+  mask = Mask.causal()
+  extend = jax.jit(lambda cache, k, v: cache.extend(k, v, mask))
+  # Four wrong tokens after one that stays, in place of three that are kept.
+  cache, _ = extend(
+    Cache.create(N, window=window, spare=spare),
+    heads[1][:, :4],
+    heads[2][:, :4],
+  )
+  outputs = []
+  for at in range(4, T):
+    tries = [
+      jnp.concatenate([x[:, at : at + 1], y[:, :3]], axis=1)
+      for x, y in zip(heads[1:], wrong[1:], strict=True)
+    ]
+    cache, (k, v, seen, _) = extend(cache, *tries)
+    outputs.append(_attend(heads[0][:, at : at + 1], k, v, mask=_first(seen)))
+    cache = jax.jit(Cache.rewind)(cache, 3)
+  expected = _attend(
+    *heads, mask=mask if window is None else mask & Mask.window(window - 1)
+  )
+  assert_close(jnp.concatenate(outputs, axis=1), expected[:, 4:])
+
+
+def _first(mask):
+  """The mask of the first query."""
+  (array,) = mask.arrays()
+  return array[..., :1, :]
 
 
 @pytest.mark.parametrize('implementation', ['reference', 'chunked'])
@@ -148,13 +230,17 @@ def test_more_tokens_than_slots_raise():
     Cache.create(4).extend(key, key)
   with pytest.raises(ValueError, match='capacity: expected 1 or more, got 0'):
     Cache.create(0)
+  with pytest.raises(ValueError, match='window: expected 1 or more, got 0'):
+    Cache.create(4, window=0)
+  with pytest.raises(ValueError, match='spare: expected 0 or more, got -1'):
+    Cache.create(4, spare=-1)
 
 
-@pytest.mark.parametrize('rows', [1, 8])
-def test_loop_writes_buffers_in_place(rows):
+@pytest.mark.parametrize(('rows', 'window'), [(1, None), (8, None), (1, 2048)])
+def test_loop_writes_buffers_in_place(rows, window):
   """A donated cache needs no second copy, whatever its batch size."""
-  steps, size = 64, (rows, 4096 // rows, 4, 32)
-  cache = Cache.create(size[1])
+  steps, size = 64, (rows, (window or 4096) // rows, 4, 32)
+  cache = Cache.create(4096 // rows, window=window)
   new = jnp.ones((rows, 3, 4, 32))
   cache, _ = cache.extend(new, new)
 

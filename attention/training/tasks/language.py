@@ -10,11 +10,8 @@ import numpy as np
 from attention import decoding, models
 from attention.capture import capture
 from attention.data import language
-from attention.models.gpt import window_step
 from attention.models.losses import cross_entropy
-from attention.ops.cache import Cache, align
-
-_PIECE = 16  # number of tokens a stream generates at a time
+from attention.training.tasks.generation import Draft, Generator, Written
 
 
 class Language:
@@ -23,6 +20,7 @@ class Language:
   command = 'sample'
   loss_unit = 'nats per token'
   example_name = 'a sample'
+  end: int | None = None  # the token that ends a text
 
   def __init__(
     self, vocabulary, model: dict, data: language.Text | None, parts: int = 1
@@ -155,18 +153,29 @@ class Language:
     )
 
   def stream(
-    self, params, prompt: str, num_tokens: int, *, seed: int, **options
+    self,
+    params,
+    prompt: str,
+    num_tokens: int,
+    *,
+    seed: int,
+    stop: tuple[str, ...] = (),
+    draft: Draft | None = None,
+    **options,
   ):
     """Yield the prompt, then its continuation as it is sampled.
 
-    Tokens are generated in pieces. For each piece, the cache is filled with the
-    preceding tokens that fit into the model's context.
+    Tokens are generated in pieces. The model's cache is kept from one to the
+    next as long as the text fits into the context; then each piece follows the
+    preceding tokens that fit.
 
     Args:
       params: model parameters.
       prompt: text to continue.
       num_tokens: number of tokens to generate.
       seed: random seed for sampling.
+      stop: strings that the text ends before; it also ends at `end`.
+      draft: a small model that proposes tokens, from its `as_draft`.
       **options: temperature, top_k, …: see `attention.decoding.sample`.
 
     Yields:
@@ -176,32 +185,121 @@ class Language:
       ValueError: the prompt is empty or has symbols outside the vocabulary, or
         an option is out of range.
     """
+    (tokens,), pieces = self._continue(
+      params, {'prompt': prompt}, num_tokens, seed, stop, draft, options
+    )
+    text = Written(self.vocabulary.decode, tokens, stop, self.end)
+    yield prompt
+    for piece, is_last in pieces:
+      if new := text.add(piece[0], is_last):
+        yield new
+      if text.is_done:
+        return
+
+  def continue_batch(
+    self,
+    params,
+    prompts: list[str],
+    num_tokens: int,
+    *,
+    seed: int,
+    stop: tuple[str, ...] = (),
+    draft: Draft | None = None,
+    **options,
+  ) -> list[str]:
+    """Return the continuation of each prompt, without the prompt.
+
+    The prompts are padded to the length of the longest. With temperature 0,
+    each continuation is that of the prompt alone.
+
+    Args:
+      params: model parameters.
+      prompts: texts to continue.
+      num_tokens: number of tokens to generate for each.
+      seed: see `stream`.
+      stop: see `stream`.
+      draft: see `stream`.
+      **options: see `stream`.
+
+    Raises:
+      ValueError: as `stream`.
+    """
+    named = {f'prompts[{i}]': prompt for i, prompt in enumerate(prompts)}
+    if not self._has_cache and len(prompts) > 1:
+      # Their rows have one length.
+      return [
+        text
+        for prompt in prompts
+        for text in self.continue_batch(
+          params, [prompt], num_tokens, seed=seed, stop=stop, **options
+        )
+      ]
+    rows, pieces = self._continue(
+      params, named, num_tokens, seed, stop, draft, options
+    )
+    texts = [
+      Written(self.vocabulary.decode, tokens, stop, self.end) for tokens in rows
+    ]
+    found = [''] * len(rows)
+    for piece, is_last in pieces:
+      for i, tokens in enumerate(piece):
+        found[i] += texts[i].add(tokens, is_last)
+      if all(text.is_done for text in texts):
+        break
+    return found
+
+  def as_draft(self, params, num_draft: int = 4) -> Draft:
+    """Return this model as the draft of a larger one, for its `stream`.
+
+    Args:
+      params: model parameters.
+      num_draft: see `attention.decoding.speculative`.
+    """
+    return Draft(self._generator, params, self.vocabulary, num_draft)
+
+  def _continue(self, params, prompts, num_tokens, seed, stop, draft, options):
+    """Check the arguments of `stream`; returns rows of tokens, and pieces.
+
+    The pieces are pairs of tokens [b, n] and whether they are the last.
+    """
     if num_tokens < 1:
       raise ValueError(f'num_tokens: expected 1 or more, got {num_tokens}')
-    tokens = self._encode('prompt', prompt)[0].tolist()
-    size = self._piece_size
-    rng = jax.random.key(seed)
-    options = {k: v for k, v in options.items() if v is not None}
+    if '' in stop:
+      raise ValueError("stop: expected at least one symbol, got ''")
     decoding.check_strategy(**options)
-    yield prompt
-    drawn, num_yielded = [], len(prompt)
-    while len(drawn) < num_tokens:
-      before = (tokens + drawn)[-(self.context_size - size + 1) :]
-      length = self._padded_length(len(before))
-      piece = self._sample(
-        params,
-        *align([before], length),
-        jax.random.fold_in(rng, len(drawn)),
-        num_tokens=size,
-        **options,
+    if draft is not None:
+      self._check_draft(draft, options.pop('repetition_penalty', None))
+    rows = [self.encode(*item)[0].tolist() for item in prompts.items()]
+    pieces = self._generator.pieces(
+      params,
+      rows,
+      num_tokens,
+      jax.random.key(seed),
+      draft=draft,
+      end=self.end,
+      **options,
+    )
+
+    def cut():
+      left = num_tokens
+      for piece in pieces:
+        yield piece[:, :left], left <= piece.shape[1]
+        left -= piece.shape[1]
+
+    return rows, cut()
+
+  def _check_draft(self, draft, penalty):
+    if draft.vocabulary != self.vocabulary:
+      raise ValueError(
+        f'draft: expected the same vocabulary of {self.vocabulary.size} '
+        f'tokens, got another, of {draft.vocabulary.size}'
       )
-      drawn += np.asarray(piece)[0].tolist()
-      # Decode with the prompt: some tokenizers drop a leading space.
-      text = self.vocabulary.decode(tokens + drawn[:num_tokens])
-      if len(drawn) < num_tokens:
-        text = text.rstrip('\ufffd')  # an incomplete symbol
-      yield text[num_yielded:]
-      num_yielded = max(num_yielded, len(text))
+    if not (self._generator.has_cache and draft.generator.has_cache):
+      raise ValueError("draft: expected mixer='attention' in both models")
+    if penalty is not None:
+      raise ValueError(
+        f'repetition_penalty: expected None with a draft, got {penalty}'
+      )
 
   def patterns(self, params, text: str, **selection) -> dict:
     """Capture the attention patterns in a text.
@@ -218,7 +316,7 @@ class Language:
       ValueError: the text is empty, too long or has symbols outside the
         vocabulary, or a layer or head does not exist.
     """
-    tokens = self._encode('text', text)
+    tokens = self.encode('text', text)
     if tokens.shape[1] > self.context_size:
       raise ValueError(
         f'text: expected at most {self.context_size} tokens '
@@ -229,7 +327,12 @@ class Language:
     labels = self.vocabulary.pieces(tokens[0])
     return {'attention': (labels, labels, found)}
 
-  def _encode(self, name, text):
+  def encode(self, name: str, text: str) -> np.ndarray:
+    """Encode a text as tokens [1, t]; `name` is its name in errors.
+
+    Raises:
+      ValueError: the text is empty or has symbols outside the vocabulary.
+    """
     if not text:
       raise ValueError(f'{name}: expected at least one symbol, got none')
     try:
@@ -238,7 +341,7 @@ class Language:
       raise ValueError(f'{name}: {error}') from None
 
   def lower_decoding(self, params):
-    """Lower the program that `stream` runs after half a context.
+    """Lower reading half a context and sampling a piece, as one program.
 
     Args:
       params: shapes of the model parameters, with shardings.
@@ -246,61 +349,16 @@ class Language:
     Returns:
       The lowered program and the shapes of its cache.
     """
-    length = self._padded_length(max(1, self.context_size // 2))
-    prompt = np.zeros((1, length), np.int32), np.zeros(1, np.int32)
-    size = self._piece_size
-
-    def read(params, tokens, start):
-      step, cache = self._begin(params, tokens, start, size)
-      return step(tokens, cache)[1]
-
-    rng = jax.eval_shape(jax.random.key, 0)
-    lowered = self._sample.lower(params, *prompt, rng, num_tokens=size)
-    return lowered, jax.eval_shape(read, params, *prompt)
-
-  @property
-  def _piece_size(self):
-    return max(1, min(_PIECE, self.context_size // 4))
-
-  def _padded_length(self, length):
-    """Round up to one of a few lengths, so that few programs are compiled."""
-    power = 1 << (length - 1).bit_length()
-    return min(power, self.context_size - self._piece_size + 1)
-
-  def _begin(self, params, prompt, start, num_tokens):
-    """Return (step, cache) for `attention.decoding` to continue a prompt."""
-    if self._has_cache:
-
-      def step(tokens, cache):
-        logits, cache = self._model.apply(params, None, tokens, cache=cache)
-        return logits[:, -1], cache
-
-      # The last generated token is not fed back.
-      cache = Cache.create(prompt.shape[1] + num_tokens - 1, start)
-    else:
-      step, cache = window_step(self.apply, params, self.context_size, start[0])
-
-    def step_in_vocabulary(tokens, cache):
-      # The model may have more logits than the vocabulary has tokens.
-      logits, cache = step(tokens, cache)
-      return logits[:, : self.vocabulary.size], cache
-
-    return step_in_vocabulary, cache
+    return self._generator.lower(params)
 
   @functools.cached_property
-  def _sample(self):
-    def sample(params, tokens, start, rng, num_tokens, **options):
-      step, cache = self._begin(params, tokens, start, num_tokens)
-      return decoding.sample(step, cache, tokens, num_tokens, rng, **options)
+  def _generator(self):
+    def apply(params, tokens, **more):
+      return self._model.apply(params, None, tokens, **more)
 
-    return jax.jit(
-      sample,
-      static_argnames=(
-        'num_tokens',
-        'temperature',
-        'top_k',
-        'top_p',
-        'min_p',
-        'repetition_penalty',
-      ),
+    return Generator(
+      apply,
+      vocab_size=self.vocabulary.size,
+      context_size=self.context_size,
+      has_cache=self._has_cache,
     )

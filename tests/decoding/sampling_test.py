@@ -1,3 +1,5 @@
+"""Greedy decoding and sampling with small models."""
+
 import functools
 
 import jax
@@ -21,6 +23,11 @@ def _step(tokens, cache):
   """A model that favours last token + 1; its cache counts tokens."""
   logits = 3.0 * jax.nn.one_hot((tokens[:, -1] + 1) % V, V)
   return logits, cache + tokens.shape[1]
+
+
+def _step_at_all(tokens, cache):
+  """The same at all positions, for speculative decoding."""
+  return 3.0 * jax.nn.one_hot((tokens + 1) % V, V), cache + tokens.shape[1]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2), static_argnames=_OPTIONS)
@@ -133,13 +140,24 @@ def test_decoding_with_64_bit_types():
       decoding.greedy(_step, cache, prompt, 5, end=6),
       _draw(5, top_p=0.9, repetition_penalty=2.0),
       decoding.beam_search(_step, cache, prompt, 5, end=6)[0],
+      decoding.speculative(
+        _step_at_all,
+        cache,
+        _step_at_all,
+        cache,
+        prompt,
+        5,
+        temperature=0.0,
+        end=6,
+        rewind=lambda cache, count: cache - count,
+      )[0],
     ]
 
   expected = decode()
   with jax.enable_x64(True):
     actual = decode()
   np.testing.assert_array_equal(actual[0], expected[0])
-  assert [x.dtype for x in actual] == ['int32'] * 3
+  assert [x.dtype for x in actual] == ['int32'] * 4
   assert [x.shape for x in actual] == [x.shape for x in expected]
 
 
@@ -167,125 +185,6 @@ def test_ended_rows_stay_padded_and_the_loop_stops_early():
   assert len(calls) == 5  # the prompt and four tokens; the last is not fed back
 
 
-# log P(next | last), chosen so that greedy decoding from 0 is suboptimal.
-_CHAIN = np.log(
-  np.array(
-    [
-      # end   1     2     3     4
-      [1e-9, 0.6, 0.4, 1e-9, 1e-9],
-      [0.25, 0.25, 0.2, 0.15, 0.15],
-      [0.05, 1e-9, 0.05, 0.9, 1e-9],
-      [0.9, 0.05, 0.03, 0.01, 0.01],
-      [0.2, 0.2, 0.2, 0.2, 0.2],
-    ]
-  )
-)
-
-
-def _markov(tokens, cache):
-  """A Markov chain whose cache holds all tokens so far."""
-  seen, length = cache
-  seen = jax.lax.dynamic_update_slice(seen, tokens, (0, length))
-  return jnp.asarray(_CHAIN, jnp.float32)[tokens[:, -1]], (
-    seen,
-    length + tokens.shape[1],
-  )
-
-
-@functools.partial(
-  jax.jit,
-  static_argnames=(
-    'num_tokens',
-    'step',
-    'beam_size',
-    'num_best',
-    'length_penalty',
-  ),
-)
-def _search(prompt, num_tokens=6, step=_markov, **options):
-  cache = jnp.zeros((len(prompt), 9), jnp.int32), jnp.int32(0)
-  return decoding.beam_search(step, cache, prompt, num_tokens, end=0, **options)
-
-
-def _all_sequences(first, num_tokens, alpha):
-  """All complete sequences with their scores, best first."""
-  found = []
-
-  def extend(tokens, score):
-    for token in range(5):
-      new = score + _CHAIN[tokens[-1], token]
-      written = [*tokens[1:], token]
-      if token == 0:
-        length = len(written)
-        found.append((new / ((5 + length) / 6) ** alpha, written))
-      elif len(written) < num_tokens:
-        extend([*tokens, token], new)
-
-  extend([first], 0.0)
-  return sorted(found, reverse=True)
-
-
-@pytest.mark.parametrize('alpha', [0.0, 0.6, 1.0])
-def test_wide_beam_finds_the_best_sequence(alpha, assert_close):
-  tokens, scores = _search(
-    np.array([[0], [2]]),
-    num_tokens=4,
-    beam_size=5,
-    num_best=2,
-    length_penalty=alpha,
-  )
-  for row, first in enumerate((0, 2)):
-    best = _all_sequences(first, 4, alpha)[0]
-    got = np.asarray(tokens[row, 0]).tolist()
-    assert got[: len(best[1])] == best[1]
-    assert_close(scores[row, 0], np.float32(best[0]))
-  assert (scores[:, 0] >= scores[:, 1]).all()
-
-
-def test_one_beam_is_greedy():
-  prompt = jnp.array([[0], [1], [2], [4]])
-  cache = jnp.zeros((4, 9), jnp.int32), jnp.int32(0)
-  expected = decoding.greedy(_markov, cache, prompt, 6, end=0)
-  for alpha in (0.0, 2.0):
-    tokens, _ = _search(prompt, beam_size=1, length_penalty=alpha)
-    np.testing.assert_array_equal(tokens[:, 0], expected)
-
-
-def test_beams_carry_their_caches():
-  """The logits depend on all previous tokens, not only on the last one."""
-
-  @jax.jit
-  def step(tokens, cache):
-    seen, length = cache
-    seen = jax.lax.dynamic_update_slice(seen, tokens, (0, length))
-    mixed = (seen * jnp.arange(1, 10)).sum(-1) * 37 % 101
-    logits = jnp.sin(mixed[:, None] * jnp.arange(1.0, 6.0)) * 2
-    return logits, (seen, length + tokens.shape[1])
-
-  prompt = jnp.array([[3], [1]])
-  tokens, scores = _search(
-    prompt, num_tokens=5, step=step, beam_size=4, num_best=4, length_penalty=0.0
-  )
-  for row in range(2):
-    for n in range(4):
-      cache = jnp.zeros((1, 9), jnp.int32), jnp.int32(0)
-      last, total = prompt[row : row + 1], 0.0
-      for token in np.asarray(tokens[row, n]):
-        logits, cache = step(last, cache)
-        total += float(jax.nn.log_softmax(logits)[0, token])
-        last = jnp.full((1, 1), token)
-        if token == 0:
-          break
-      assert abs(total - float(scores[row, n])) < 1e-4
-
-
-def test_rows_are_searched_independently():
-  together, _ = _search(np.array([[0], [4], [2]]), beam_size=3, num_best=3)
-  for row, first in enumerate((0, 4, 2)):
-    alone, _ = _search(np.array([[first]]), beam_size=3, num_best=3)
-    np.testing.assert_array_equal(together[row], alone[0])
-
-
 @pytest.mark.parametrize(
   ('prompt', 'message'),
   [
@@ -297,7 +196,8 @@ def test_rows_are_searched_independently():
 def test_invalid_prompts_raise(prompt, message):
   for decode in (
     lambda: decoding.greedy(_step, jnp.int32(0), prompt, 3),
-    lambda: _search(np.asarray(prompt)),
+    lambda: decoding.beam_search(_step, jnp.int32(0), prompt, 3, end=0),
+    lambda: decoding.prefill(_step, jnp.int32(0), prompt),
   ):
     with pytest.raises(ValueError, match=f'prompt: {message}'):
       decode()
@@ -306,23 +206,6 @@ def test_invalid_prompts_raise(prompt, message):
 def test_prompt_may_be_a_list():
   tokens = decoding.greedy(_step, jnp.int32(0), [[1], [4]], 2)
   np.testing.assert_array_equal(tokens, [[2, 3], [5, 6]])
-
-
-@pytest.mark.parametrize(
-  ('options', 'message'),
-  [
-    ({'beam_size': 6}, 'beam_size: expected 1 to 5, .*vocabulary size, got 6'),
-    ({'beam_size': 0}, 'beam_size: expected 1 to 5'),
-    (
-      {'beam_size': 2, 'num_best': 3},
-      'num_best: expected 1 to beam_size=2, got 3',
-    ),
-    ({'num_tokens': 0}, 'num_tokens: expected 1 or more, got 0'),
-  ],
-)
-def test_invalid_beam_options_raise(options, message):
-  with pytest.raises(ValueError, match=message):
-    _search(np.array([[0]]), **options)
 
 
 @pytest.mark.parametrize(
@@ -339,3 +222,79 @@ def test_invalid_beam_options_raise(options, message):
 def test_invalid_sampling_options_raise(options, message):
   with pytest.raises(ValueError, match=message):
     _draw(**options)
+
+
+def test_a_prompt_is_read_in_chunks():
+  def step(tokens, cache):
+    """The logits depend on all tokens so far."""
+    sizes.append(tokens.shape[1])
+    for column in tokens.T:
+      cache = cache * 3 + column
+    return jnp.sin(cache[:, None] * jnp.arange(1.0, V + 1)), cache
+
+  prompt = np.random.default_rng(0).integers(0, V, (2, 9))
+  cache = jnp.zeros(2, jnp.int32)
+  for chunk_size, expected in (
+    (None, [9]),
+    (9, [9]),
+    (20, [9]),
+    (4, [1, 4]),
+    (3, [3, 3]),
+    (1, [1, 1]),
+  ):
+    sizes = []
+    logits, after = decoding.prefill(step, cache, prompt, chunk_size)
+    assert sizes == expected
+    if chunk_size is None:
+      whole = logits, after
+    np.testing.assert_array_equal(after, whole[1])
+    np.testing.assert_array_equal(logits, whole[0])
+  with pytest.raises(ValueError, match='chunk_size: expected 1 or more, got 0'):
+    decoding.prefill(step, cache, prompt, 0)
+  drawn = [
+    decoding.greedy(step, cache, prompt, 4, chunk_size=n) for n in (None, 4)
+  ]
+  np.testing.assert_array_equal(*drawn)
+
+
+def test_a_cache_goes_on_with_the_last_token():
+  prompt = jnp.array([[1], [4]])
+  tokens, cache = decoding.greedy(
+    _step, jnp.int32(0), prompt, 5, with_cache=True
+  )
+  assert cache == 5  # the prompt and all tokens but the last
+  more, cache = decoding.sample(
+    _step,
+    cache,
+    tokens[:, -1:],
+    3,
+    jax.random.key(0),
+    temperature=0.0,
+    with_cache=True,
+  )
+  assert cache == 8
+  np.testing.assert_array_equal(
+    np.concatenate([tokens, more], axis=1),
+    decoding.greedy(_step, jnp.int32(0), prompt, 8),
+  )
+
+
+def test_a_penalty_goes_on_with_the_tokens_seen():
+  def flat(tokens, cache):
+    return -1.0 - 0.01 * jnp.ones((len(tokens), 1)) * jnp.arange(V), cache
+
+  options = dict(temperature=0.0, repetition_penalty=4.0)
+  rng, prompt = jax.random.key(0), jnp.array([[0]])
+  whole = decoding.sample(flat, 0, prompt, 5, rng, **options)
+  first = decoding.sample(flat, 0, prompt, 2, rng, **options)
+  seen = jnp.zeros((1, V), bool).at[0, jnp.array([0, *first[0]])].set(True)
+  more = decoding.sample(flat, 0, first[:, -1:], 3, rng, seen=seen, **options)
+  np.testing.assert_array_equal([[*first[0], *more[0]]], whole)
+  np.testing.assert_array_equal(whole, [[1, 2, 3, 4, 5]])
+
+
+def test_any_of_several_tokens_ends_a_row():
+  prompt = jnp.array([[1], [4]])
+  tokens = decoding.greedy(_step, jnp.int32(0), prompt, 9, end=(6, 3))
+  # The first of them fills the row.
+  np.testing.assert_array_equal(tokens, [[2, 3, *[6] * 7], [5, *[6] * 8]])
