@@ -125,8 +125,8 @@ class GPT(Transformer):
 
   def _layer_cache(self, cache, layer: int):
     """The cache of a layer, which holds the keys that its window reaches."""
-    del layer
-    return dataclasses.replace(cache, window=self.window)
+    window = self.window if self.has_window(layer) else None
+    return dataclasses.replace(cache, window=window)
 
 
 def window_step(apply, params, context_size: int, start=0):
