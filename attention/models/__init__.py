@@ -9,6 +9,7 @@ from attention.models.pairwise import Pairwise
 from attention.models.translator import Translator
 from attention.modules.evoformer import EvoformerStack
 from attention.modules.fields import check_count, hint
+from attention.modules.lora import Lora
 from attention.modules.multihead import MultiHeadAttention
 
 _MODELS = {
@@ -40,6 +41,7 @@ _PARTS = {
     {'num_heads', 'dropout_rate', 'w_init', 'output_w_init', 'name'},
   ),
   'evoformer': (EvoformerStack, {'num_blocks', 'is_extra_msa', 'name'}),
+  'lora': (Lora, set()),
 }
 
 
@@ -52,8 +54,8 @@ def create(name: str, **fields):
   """Creates a model; call it inside `hk.transform`.
 
   Command lines cannot give None, so 0 and '' stand for it in optional fields,
-  such as `window` and `implementation`, and in those of `attention` and
-  `evoformer`.
+  such as `window` and `implementation`, and in those of `attention`,
+  `evoformer` and `lora`.
 
   Args:
     name: 'classifier', 'gpt', 'msa', 'pairwise' or 'translator'.
