@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 
 import haiku as hk
 import jax
@@ -43,7 +44,7 @@ class Lora:
 
   rank: int = 0  # 0: no updates
   alpha: float = 16.0  # the updates are scaled by alpha / rank
-  projections: tuple = ()  # names of layers; (): those of PROJECTIONS
+  projections: Sequence[str] = ()  # names of layers; (): those of PROJECTIONS
 
   def __post_init__(self):
     if self.rank < 0:

@@ -94,20 +94,22 @@ class Start:
       ValueError: the model has another vocabulary, or none is known.
       OSError: the tokenizer cannot be read.
     """
-    if not level and self.vocabulary is not None:
+    own = self.vocabulary
+    if not level and own is not None:
       return self
     if level != 'bytes' and not level.endswith('.json'):
       raise ValueError(
-        "data.level: expected 'bytes' or the path of a tokenizer.json for the "
-        f"model of {self.origin}, or '' for its own, got {level!r}"
-        + ('' if self.vocabulary else '; it has no tokenizer.json')
+        "data.level: expected 'bytes' or the path of a tokenizer.json, as "
+        f'{self.origin} has none, got {level!r}'
+        if own is None
+        else f"data.level: expected '', the vocabulary of {self.origin}, got "
+        f'{level!r}'
       )
     given = language.given(level)
-    if self.vocabulary not in (None, given):
+    if own not in (None, given):
       raise ValueError(
-        f"data.level: expected '', as the model of {self.origin} has a "
-        f'vocabulary of {self.vocabulary.size:,} {_level(self.vocabulary)}, '
-        f'got {level!r}'
+        f"data.level: expected '', as {self.origin} has a vocabulary of "
+        f'{own.size:,} {_level(own)}, got {level!r}, which is another'
       )
     return dataclasses.replace(self, vocabulary=given)
 
