@@ -1,6 +1,6 @@
 """Use trained models, estimate a config's cost, and check the installation.
 
-Commands: sample, translate, evaluate, contacts, plot, inspect, doctor.
+Commands: sample, translate, evaluate, contacts, plot, export, inspect, doctor.
 """
 
 import argparse
@@ -18,7 +18,13 @@ from attention.data import alignments, structures, translation
 from attention.data import contacts as contact_maps
 from attention.data.files import read_lines
 from attention.ops.platforms import PLATFORMS
-from attention.training import command_line, tasks, trained, translate_lines
+from attention.training import (
+  command_line,
+  tasks,
+  trained,
+  transformers_folder,
+  translate_lines,
+)
 from attention.training.devices import catalogue, report
 from attention.training.main import print_error, set_up_jax
 from attention.training.reporting import model_summary
@@ -222,6 +228,16 @@ def plot(arguments) -> int:
   return 0
 
 
+def export(arguments) -> int:
+  """Write a run's language model in the format of transformers."""
+  task, params = _open(arguments, 'language')
+  for line in transformers_folder.save(
+    pathlib.Path(arguments.out), task, params
+  ):
+    print(line)
+  return 0
+
+
 def inspect(arguments) -> int:
   """Report the parameters, FLOPs and memory of a config's model."""
   words = [f'--config={arguments.config}', *arguments.rest, '--workdir=unused']
@@ -229,7 +245,7 @@ def inspect(arguments) -> int:
   if arguments.device is None:
     if arguments.decode:
       raise ValueError('--decode: requires --device=…')
-    print(model_summary.inspect(config, tasks.create(config)))
+    print(model_summary.inspect(tasks.create(config)))
     return 0
   target = catalogue.find(arguments.device)
   task = tasks.create(config)
@@ -406,6 +422,13 @@ def _parser():
     '--out', help="folder for the files (default: the run's plots/)"
   )
   add.set_defaults(run=plot)
+
+  add = commands.add_parser('export', help=export.__doc__)
+  add.add_argument('--workdir', required=True, help='folder of the run')
+  add.add_argument(
+    '--out', required=True, help='folder for the files, new or empty'
+  )
+  add.set_defaults(run=export)
 
   add = commands.add_parser('inspect', help=inspect.__doc__)
   add.add_argument(

@@ -39,6 +39,7 @@ class Text:
     batch_size: int,
     seed: int = 0,
     record: dict | None = None,
+    vocabulary: Characters | Bytes | Subwords | None = None,
   ) -> 'Text':
     """Load and tokenise a text.
 
@@ -52,6 +53,7 @@ class Text:
       seed: of the order of the windows.
       record: the recorded 'sha256' and 'vocabulary' of a text at this level. If
         the hash matches, the recorded vocabulary is reused.
+      vocabulary: a vocabulary to use, whatever `level` and `record` are.
 
     Raises:
       ValueError: If the level is unknown; the file is empty, not UTF-8 or too
@@ -67,14 +69,17 @@ class Text:
     ):
       if count < 1:
         raise ValueError(f'data.{key}: expected 1 or more, got {count}')
-    if record and record['sha256'] == sha256:
+    origin = f'data.level: {level}'
+    if vocabulary is not None:
+      origin = f"{path or _STANDARD_LIBRARY}, in the model's vocabulary"
+    elif record and record['sha256'] == sha256:
       vocabulary = recorded(level, record['vocabulary'])
     else:
-      vocabulary = _vocabulary(level, text, vocab_size)
+      vocabulary = _learn(level, text, vocab_size)
     try:
       tokens = vocabulary.encode(text)
     except ValueError as error:
-      raise ValueError(f'data.level: {level}: {error}') from None
+      raise ValueError(f'{origin}: {error}') from None
     data = cls(
       name=path or _STANDARD_LIBRARY,
       sha256=sha256,
@@ -154,18 +159,22 @@ def recorded(level: str, vocabulary: str | None):
   return (Characters if level == 'characters' else Subwords)(vocabulary)
 
 
-def _vocabulary(level, text, vocab_size):
+def given(level: str) -> Bytes | Subwords:
+  """The vocabulary 'bytes', or that of the path of a tokenizer.json."""
+  return Bytes() if level == 'bytes' else Subwords(read_text(level))
+
+
+def _learn(level, text, vocab_size):
   if level == 'bpe':
     return Subwords.learn(cut(text[: len(text) * 9 // 10]), vocab_size)
-  if level.endswith('.json'):
-    return Subwords(read_text(level))
-  levels = {'characters': Characters.of, 'bytes': lambda _: Bytes()}
-  if level not in levels:
-    raise ValueError(
-      "data.level: expected one of ['bpe', 'bytes', 'characters'], or the path "
-      f'of a tokenizer.json, got {level!r}'
-    )
-  return levels[level](text)
+  if level == 'characters':
+    return Characters.of(text)
+  if level == 'bytes' or level.endswith('.json'):
+    return given(level)
+  raise ValueError(
+    "data.level: expected one of ['bpe', 'bytes', 'characters'], or the path "
+    f'of a tokenizer.json, got {level!r}'
+  )
 
 
 def standard_library() -> str:

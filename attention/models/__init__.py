@@ -10,6 +10,7 @@ from attention.models.translator import Translator
 from attention.modules.evoformer import EvoformerStack
 from attention.modules.experts import Experts
 from attention.modules.fields import check_count, hint
+from attention.modules.lora import Lora
 from attention.modules.multihead import MultiHeadAttention
 from attention.ops.positions import Rotary
 
@@ -47,6 +48,7 @@ _PARTS = {
   'window_attention.rotary': (Rotary, set()),
   'experts': (Experts, {'w_init', 'output_w_init', 'name'}),
   'evoformer': (EvoformerStack, {'num_blocks', 'is_extra_msa', 'name'}),
+  'lora': (Lora, set()),
 }
 
 
@@ -59,8 +61,8 @@ def create(name: str, **fields):
   """Creates a model; call it inside `hk.transform`.
 
   Command lines cannot give None, so 0 and '' stand for it in optional fields,
-  such as `window` and `implementation`, and in those of `attention` and
-  `evoformer`.
+  such as `window` and `implementation`, and in those of `attention`,
+  `evoformer` and `lora`.
 
   Args:
     name: 'classifier', 'gpt', 'msa', 'pairwise' or 'translator'.

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from attention.models.transformer import Transformer
 from attention.modules.layers import Embed, Linear
+from attention.modules.lora import adapted
 from attention.modules.stack import run_blocks
 from attention.ops.cache import Cache
 from attention.ops.masks import Mask
@@ -34,7 +35,9 @@ class GPT(Transformer):
   fused_qkv: bool = True  # one projection for query, key and value
   use_scan: bool = False  # compile one block for all layers
   use_remat: bool = False  # recompute blocks in the backward pass
+  lora: dict | None = None  # fields of `Lora`, low-rank updates
 
+  @adapted
   def __call__(self, tokens, *, cache=None, is_training: bool = False):
     """Computes the logits of the token after each position.
 

@@ -7,6 +7,7 @@ import pathlib
 import shlex
 import time
 
+import haiku as hk
 import jax
 
 from attention import plots
@@ -131,7 +132,11 @@ class _Run:
       self.report.print(note)
     state = self._begin()
     done = self.start
-    if self.start and self._is_due('eval_every', done) and not is_evaluated:
+    # A pretrained model is evaluated before it is trained.
+    is_due = (
+      self._is_due('eval_every', done) if done else self._pretrained is not None
+    )
+    if is_due and not is_evaluated:
       self._evaluate(state, done)
     if not self.stop.name:
       done, state = self._train(state)
@@ -162,8 +167,9 @@ class _Run:
     else:
       init = self.step.compile_init().result()
       state = init()
-      if (params := getattr(self.task, 'pretrained', None)) is not None:
+      if (params := self._pretrained) is not None:
         shardings = jax.tree.map(lambda x: x.sharding, state['params'])
+        params = hk.data_structures.merge(state['params'], params)
         state['params'] = jax.device_put(params, shardings)
     compiling.result()
     self.report.print(f'compiled in {time.perf_counter() - clock:.1f} s')
@@ -171,11 +177,15 @@ class _Run:
       self.report.print(f'resumed from step {self.start:,}')
     return jax.block_until_ready(state)
 
+  @property
+  def _pretrained(self):
+    return getattr(self.task, 'pretrained', None)
+
   def _train(self, state):
     """Train to the last step or until stopped; returns (steps done, state)."""
     watch, logged, done = Stopwatch(), self.start, self.start
     guard = Watch(
-      self.step.like['params'], self.settings.max_bad_steps, self.report.print
+      self.step.trained, self.settings.max_bad_steps, self.report.print
     )
     for n in range(self.start, self.settings.steps):
       batch = self._batch(n)
@@ -314,7 +324,10 @@ class _Run:
 
 def _introduce(report, task, step):
   leaves = jax.tree.leaves(step.like['params'])
-  count = sum(math.prod(leaf.shape) for leaf in leaves)
+  count, trained = (
+    sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
+    for tree in (leaves, step.trained)
+  )
   size = sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
   devices = jax.devices()
   shape = ' × '.join(f'{k} {v}' for k, v in step.mesh.shape.items() if v > 1)
@@ -324,5 +337,10 @@ def _introduce(report, task, step):
     + (f', mesh: {shape}' if shape else '')
     + (f', {n} processes' if (n := jax.process_count()) > 1 else '')
   )
-  report.print(f'parameters  {count:,} ({memory.format_bytes(size)})')
+  share = (
+    ''
+    if trained == count
+    else (f', {trained:,} trained ({trained / count:.2%})')
+  )
+  report.print(f'parameters  {count:,} ({memory.format_bytes(size)}){share}')
   report.print(f'data        {task.describe()}')

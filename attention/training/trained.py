@@ -6,7 +6,7 @@ import jax
 
 from attention.training import tasks
 from attention.training.workdir import run_files
-from attention.training.workdir.checkpoints import Checkpoints, abstract
+from attention.training.workdir.checkpoints import newest_params
 
 
 def load(workdir, kind: str | None = None) -> tuple:
@@ -39,13 +39,5 @@ def params(workdir, task) -> dict:
   Raises:
     ValueError: the run has no checkpoint yet.
   """
-  directory = pathlib.Path(workdir) / 'checkpoints'
-  checkpoints = Checkpoints(directory) if directory.is_dir() else None
-  step = checkpoints.latest_step() if checkpoints else None
-  if step is None:
-    raise ValueError(f'{workdir}: no checkpoint yet; train it further first')
   shapes = jax.eval_shape(task.init, jax.random.key(0))
-  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  return checkpoints.restore(step, {'params': abstract(shapes, device)})[
-    'params'
-  ]
+  return newest_params(pathlib.Path(workdir), shapes)[1]

@@ -1,5 +1,6 @@
 """Mean loss and gradients of a batch, over devices and micro-batches."""
 
+import haiku as hk
 import jax
 import jax.numpy as jnp
 
@@ -18,20 +19,23 @@ def make(task, mesh, num_microbatches: int = 1):
       parts.
 
   Returns:
-    A function (params, rng, batch, scale) -> (loss, gradients). The loss is
-    multiplied by `scale` before differentiation so that small gradients do not
-    underflow in float16; both results are unscaled.
+    A function (params, rng, batch, scale) -> (loss, gradients), the latter of
+    the trained parameters, see `partition`. The loss is multiplied by `scale`
+    before differentiation so that small gradients do not underflow in float16;
+    both results are unscaled.
   """
 
   def weighted_gradients(params, rng, batch, scale):
     """Return (count, count · loss, count · gradients)."""
+    trained, frozen = partition(task, params)
 
-    def mean(params):
+    def mean(trained):
+      params = merge(trained, frozen)
       total, count = task.loss(params, rng, batch)
       loss = total / jnp.maximum(count, 1)
       return loss * scale, (loss, count)
 
-    grads, (loss, count) = jax.grad(mean, has_aux=True)(params)
+    grads, (loss, count) = jax.grad(mean, has_aux=True)(trained)
     return count, count * loss, jax.tree.map(lambda g: g * count / scale, grads)
 
   def accumulate(params, rng, batch, scale):
@@ -63,6 +67,27 @@ def make(task, mesh, num_microbatches: int = 1):
     return loss / count, jax.tree.map(lambda g: g / count, grads)
 
   return gradients
+
+
+def partition(task, params) -> tuple[dict, dict]:
+  """Separate parameters into those that are trained and those that are frozen.
+
+  Args:
+    task: `is_trained(module, name, value)` chooses the trained parameters. All
+      are trained if it has no such attribute, or it is None.
+    params: {module: {name: array}}.
+
+  Returns:
+    (trained, frozen), both {module: {name: array}}.
+  """
+  if getattr(task, 'is_trained', None) is None:
+    return params, {}
+  return hk.data_structures.partition(task.is_trained, params)
+
+
+def merge(trained: dict, frozen: dict) -> dict:
+  """Return the parameters that `partition` separated."""
+  return hk.data_structures.merge(frozen, trained) if frozen else trained
 
 
 def _split(batch, parts):

@@ -26,6 +26,7 @@ class Step:
       return init(task, optimizer, seed, settings.precision)
 
     self.like = sharding.of_state(jax.eval_shape(begin), mesh)
+    self.trained, _ = gradients.partition(task, self.like['params'])
     shardings = jax.tree.map(lambda x: x.sharding, self.like)
     self.init = jax.jit(begin, out_shardings=shardings)
     self._step = jax.jit(
@@ -95,9 +96,10 @@ class Step:
 def init(task, optimizer, seed: int, precision_policy: str = '') -> dict:
   """Return the initial training state."""
   params = task.init(jax.random.key(seed))
+  trained, _ = gradients.partition(task, params)
   return {
     'params': params,
-    'optimizer': optimizer.init(params),
+    'optimizer': optimizer.init(trained),
     'guard': {
       'bad': nonfinite.initial(),
       **precision.initial_scale(precision_policy),
@@ -111,7 +113,8 @@ def make(task, optimizer, schedule, seed: int, mesh, num_microbatches: int = 1):
   The batch is sharded over the devices of `mesh`. `step` counts from 0. Random
   keys depend only on (seed, step), so a resumed run reproduces an uninterrupted
   one exactly. A step with a non-finite loss or gradient changes neither the
-  parameters nor the optimizer state.
+  parameters nor the optimizer state. Gradients and optimizer state are those of
+  the trained parameters, see `gradients.partition`.
   """
   compute = gradients.make(task, mesh, num_microbatches)
 
@@ -138,9 +141,11 @@ def make(task, optimizer, schedule, seed: int, mesh, num_microbatches: int = 1):
       params = optax.apply_updates(old['params'], updates)
       return {'params': params, 'optimizer': opt_state}
 
-    old = {part: state[part] for part in ('params', 'optimizer')}
+    trained, frozen = gradients.partition(task, state['params'])
+    old = {'params': trained, 'optimizer': state['optimizer']}
     # `where` takes a third longer to compile and is slower to run.
     new = jax.lax.cond(is_good, update, lambda old: old, old)
+    new['params'] = gradients.merge(new['params'], frozen)
     new['guard'] = {'bad': bad, **precision.adjust(scale, is_good)}
     metrics = {
       'train/loss': loss,

@@ -17,8 +17,8 @@ from jax.sharding import (
 # counted from the end: the head axis or the feed-forward width. Each matrix
 # product with a sharded output is followed by one that contracts that axis.
 _TENSOR = {
-  r'/(query|key|value|qkv|expand)/[wb]$': -1,
-  r'/(linear|contract)/w$': -2,
+  r'/(query|key|value|qkv|expand|gate)/(w|b|lora_b)$': -1,
+  r'/(linear|contract)/(w|lora_a)$': -2,
   r'/(query|key|value|gating)_w$': -2,
   r'/gating_b$': -2,
   r'/output_w$': -3,

@@ -5,6 +5,7 @@ import math
 import jax
 
 from attention.ops import mapping, platforms
+from attention.training.optimization import gradients
 
 # Peak FLOP/s of dense bfloat16 matrix products, from the vendors' data sheets.
 _PEAKS = {
@@ -23,11 +24,19 @@ def count_step(task, batch) -> int:
 
   The backward pass computes two products for each forward product, so a step
   costs three times its loss. Rematerialisation is not counted (Chowdhery et al.
-  2022, "PaLM", appendix B).
+  2022, "PaLM", appendix B). With frozen parameters, the products that the
+  gradients need are counted instead, and rematerialisation with them.
   """
   params = jax.eval_shape(task.init, jax.random.key(0))
-  program = jax.make_jaxpr(task.loss)(params, jax.random.key(0), batch)
-  return 3 * _count(program.jaxpr)
+  trained, frozen = gradients.partition(task, params)
+
+  def loss(trained, frozen, rng, batch):
+    return task.loss(gradients.merge(trained, frozen), rng, batch)
+
+  program = jax.grad(loss, has_aux=True) if frozen else loss
+  rng = jax.random.key(0)
+  traced = jax.make_jaxpr(program)(trained, frozen, rng, batch)
+  return _count(traced.jaxpr) * (1 if frozen else 3)
 
 
 def _count(jaxpr):

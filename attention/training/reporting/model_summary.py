@@ -9,6 +9,7 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 
+from attention.training.optimization import gradients
 from attention.training.reporting import flops, memory
 
 # Lookup tables: they take part in no matrix product.
@@ -52,7 +53,7 @@ class Heads:
     )
 
 
-def inspect(config, task) -> str:
+def inspect(task) -> str:
   """Format a table of a model's parameters, FLOPs and memory.
 
   A matrix costs 2 FLOPs per parameter and token. A lookup table costs none,
@@ -60,8 +61,7 @@ def inspect(config, task) -> str:
   those of a training step. The model is only traced, so nothing is allocated.
 
   Args:
-    config: the run's config.
-    task: the config's task.
+    task: a config's task.
 
   Returns:
     Lines of text.
@@ -70,15 +70,16 @@ def inspect(config, task) -> str:
     shapes = jax.eval_shape(task.init, jax.random.key(0))
     parts = _parts(shapes, is_tied=False)
     table = _table(parts, [], with_flops=False)
-    return '\n'.join([*table, '', *_step(task), *_memory(parts, [])])
+    memory_lines = _memory(parts, [], _count_trained(task, shapes))
+    return '\n'.join([*table, '', *_step(task), *memory_lines])
   shapes, attentions = _trace(task)
-  parts = _parts(shapes, config.model.get('with_tied_output', False))
+  parts = _parts(shapes, task.model_fields.get('with_tied_output', False))
   return '\n'.join(
     [
       *_table(parts, attentions),
       *(line for heads in attentions for line in _describe(heads, parts)),
       '',
-      *_memory(parts, attentions),
+      *_memory(parts, attentions, _count_trained(task, shapes)),
     ]
   )
 
@@ -249,15 +250,23 @@ def _step(task):
   yield ''
 
 
-def _memory(parts, attentions):
+def _count_trained(task, shapes):
+  trained, _ = gradients.partition(task, shapes)
+  return sum(math.prod(x.shape) for x in jax.tree.leaves(trained))
+
+
+def _memory(parts, attentions, trained):
   total = sum(p.count * p.size for p in parts)
   cache = sum(
     h.count * h.num_kv_heads * (h.key_size + h.value_size) for h in attentions
   )
+  if trained < total:
+    yield f'trained parameters {trained:>38,} ({trained / total:.2%})'
+    yield ''
   yield 'memory, float32'
   for name, count in (
     ('parameters', total),
-    ('training: with gradients and two moments', 4 * total),
+    ('training: with gradients and two moments', total + 3 * trained),
     *([('key and value cache, per token', cache)] if attentions else []),
   ):
     yield f'  {name:<42}{memory.format_bytes(4 * count):>14}'

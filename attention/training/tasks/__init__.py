@@ -3,14 +3,16 @@
 Each task provides its batches, a loss and an evaluation. It also has three
 attributes for messages: `command`, the subcommand of python -m attention that
 uses its model, `loss_unit` and `example_name`. It may have `pretrained`:
-parameters to start from instead of those of `init`, or None; and
-`is_per_token`: False if its matrices are not applied once per token.
+parameters to start from instead of those of `init`, all or some, or None;
+`is_trained(module, name, value)`: which parameters are trained, or None for
+all; and `is_per_token`: False if its matrices are not applied once per token.
 """
 
 import pathlib
 
 from attention.training.tasks.classification import Classification
 from attention.training.tasks.contacts import Contacts
+from attention.training.tasks.finetune import Finetune
 from attention.training.tasks.language import Language
 from attention.training.tasks.msa import Msa
 from attention.training.tasks.translation import Translation
@@ -57,4 +59,6 @@ def _find(config):
     raise ValueError(
       f'task: expected one of {sorted(_TASKS)}, got {config.task!r}'
     )
+  if config.task == 'language' and 'init' in config:
+    return Finetune
   return _TASKS[config.task]

@@ -253,6 +253,26 @@ def _handlers():
   return registry
 
 
+def newest_params(workdir: pathlib.Path, shapes) -> tuple[int, dict]:
+  """Return the newest step of a run, and its parameters on one device.
+
+  Args:
+    workdir: folder of the run.
+    shapes: the parameters' shapes and dtypes.
+
+  Raises:
+    ValueError: the run has no checkpoint yet.
+  """
+  directory = workdir / 'checkpoints'
+  checkpoints = Checkpoints(directory) if directory.is_dir() else None
+  step = checkpoints.latest_step() if checkpoints else None
+  if step is None:
+    raise ValueError(f'{workdir}: no checkpoint yet; train it further first')
+  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  like = {'params': abstract(shapes, device)}
+  return step, checkpoints.restore(step, like)['params']
+
+
 def abstract(shapes, sharding):
   """Return a tree of shapes and dtypes to restore into, with this sharding."""
   return jax.tree.map(

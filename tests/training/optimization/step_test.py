@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from attention.training.optimization import nonfinite, precision
+from attention.training.optimization import gradients, nonfinite, precision
 from attention.training.optimization.step import Step
 from attention.training.parallelism import sharding
 from attention.training.training_config import TrainingConfig
@@ -94,6 +94,54 @@ def test_bad_steps_change_nothing_and_are_counted():
   assert [m['bad'][1] for m in measured] == [1, 0, 0, 1]
   assert nonfinite.BadSteps(*measured[-1]['bad'].tolist()) == (2, 1, 4, 0)
   assert np.isfinite(measured[2]['train/loss'])
+
+
+def test_frozen_parameters_have_no_gradients_and_no_moments(assert_close):
+  task = _Regression()
+  task.is_trained = lambda module, name, value: name == 'b'
+  state, measured = _run([1.0, np.nan, 1.0], task=task)
+  _, step = _step()
+  first = step.init()['params']['line']
+  np.testing.assert_array_equal(state['params']['line']['w'], first['w'])
+  assert (state['params']['line']['b'] != first['b']).all()
+  assert state['optimizer'][0].mu.keys() == {'line'}
+  assert state['optimizer'][0].mu['line'].keys() == {'b'}
+  assert [int(m['train/bad_steps']) for m in measured] == [0, 1, 1]
+  params, batch = {'line': first}, task.batch(0)
+  loss, grads = jax.jit(gradients.make(task, step.mesh))(params, None, batch)
+  exact = jax.grad(lambda p: task.loss(p, None, batch)[0] / 7)(params)
+  assert_close(grads['line'].pop('b'), exact['line']['b'])
+  assert grads == {'line': {}}
+  assert_close(loss, measured[0]['train/loss'])
+  assert_close(
+    measured[0]['train/grad_norm'], optax.tree.norm(exact['line']['b'])
+  )
+
+
+def test_a_frozen_matrix_takes_no_memory_for_its_gradient():
+  size = 512
+
+  class Task:
+    def __init__(self, is_trained):
+      self.is_trained = is_trained
+
+    def loss(self, params, rng, batch):
+      y = (batch['x'] @ params['line']['w']) * params['line']['scale']
+      return jnp.square(y).sum(), jnp.float32(1)
+
+  shapes = {'w': (size, size), 'scale': (size,)}
+  params = {'line': {k: jnp.zeros(shape) for k, shape in shapes.items()}}
+  batch, held = {'x': jnp.zeros((2, size))}, []
+  for is_trained in (None, lambda module, name, value: name == 'scale'):
+    compute = gradients.make(Task(is_trained), sharding.make_mesh(1), 2)
+    memory = (
+      jax.jit(compute)
+      .lower(params, jax.random.key(0), batch)
+      .compile()
+      .memory_analysis()
+    )
+    held.append(memory.temp_size_in_bytes + memory.output_size_in_bytes)
+  assert held[0] > 4 * size**2 > 16 * held[1]
 
 
 def test_the_watch_warns_and_then_raises_with_the_parameter_name():

@@ -1,6 +1,7 @@
 """All meshes give the same losses, and checkpoints move between meshes."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -21,6 +22,7 @@ import contextlib, json, pathlib, sys
 import jax
 import numpy as np
 jax.config.update('jax_num_cpu_devices', 8)
+from attention.modules import lora
 from attention.training import command_line, tasks
 from attention.training.optimization import optimizers
 from attention.training.parallelism import sharding
@@ -28,12 +30,16 @@ from attention.training.workdir.checkpoints import Checkpoints
 from attention.training.training_config import TrainingConfig
 from attention.training.optimization.step import Step
 
-workdir, steps, meshes = json.loads(sys.argv[1])
+workdir, steps, meshes, rank = json.loads(sys.argv[1])
 config = command_line.load_config('configs/gpt_char.py:debug')
 config.data.update(path=f'{workdir}/text.txt', batch_size=16)
 settings = TrainingConfig.create(config.training.to_dict())
 optimizer, schedule = optimizers.adamw(steps=20, **config.optimizer)
+if rank:
+  config.model.lora = {'rank': rank}
 task = tasks.create(config)
+if rank:
+  task.is_trained = lora.is_adapter
 
 def train(step, state, span):
   losses = []
@@ -68,8 +74,8 @@ print(json.dumps(results))
 """
 
 
-def _train(python, text, steps, meshes):
-  words = json.dumps([str(text.parent), steps, meshes])
+def _train(python, text, steps, meshes, rank=0):
+  words = json.dumps([str(text.parent), steps, meshes, rank])
   output, error = python('-c', _TRAIN, words).communicate(timeout=900)
   assert output, error
   results = json.loads(output)
@@ -94,6 +100,17 @@ def test_a_mixed_mesh_matches_one_device_and_restores_its_checkpoint(
   assert results[mixed]['held'] < 0.45
 
 
+def test_low_rank_updates_on_a_mixed_mesh_match_one_device(
+  python, tmp_path, text
+):
+  shutil.copy(text, tmp_path)
+  mixed = 'data 2 × fsdp 2 × tensor 2'
+  meshes = {name: _MESHES[name] for name in ('one', mixed)}
+  results = _train(python, tmp_path / text.name, 6, meshes, rank=2)
+  losses = results['one']['losses']
+  assert losses[-1] < losses[0]
+
+
 @pytest.mark.slow
 def test_all_meshes_give_the_same_losses(python, text):
   results = _train(python, text, 20, _MESHES)
@@ -113,6 +130,10 @@ def test_heads_and_feed_forward_shard_over_tensor_the_rest_over_fsdp():
     'gpt/block_0/attention/linear//b': ((10,), (None,)),
     'gpt/block_0/expand//w': ((6, 7), ('fsdp', None)),
     'gpt/block_0/contract//w': ((24, 6), ('tensor', 'fsdp')),
+    'gpt/block_0/contract//lora_a': ((24, 3), ('tensor', None)),
+    'gpt/block_0/contract//lora_b': ((3, 6), (None, 'fsdp')),
+    'gpt/block_0/gate//lora_a': ((6, 3), ('fsdp', None)),
+    'gpt/block_0/gate//lora_b': ((3, 24), (None, 'tensor')),
     'gpt/tokens//embeddings': ((13, 6), (None, 'fsdp')),
     'evoformer/attention//query_w': ((6, 4, 3), ('fsdp', 'tensor', None)),
     'evoformer/attention//output_w': ((4, 3, 8), ('tensor', None, 'fsdp')),
