@@ -16,7 +16,7 @@ import attention
 from attention import plots
 from attention.data import alignments, structures, translation
 from attention.data import contacts as contact_maps
-from attention.data.files import read_lines
+from attention.data.files import read_lines, read_text
 from attention.ops.platforms import PLATFORMS
 from attention.training import (
   command_line,
@@ -28,6 +28,7 @@ from attention.training import (
 from attention.training.devices import catalogue, report
 from attention.training.main import print_error, set_up_jax
 from attention.training.reporting import model_summary
+from attention.training.tasks.language import Language
 from attention.training.workdir import run_files
 
 _ROWS = 16  # prompts that are continued together
@@ -58,7 +59,7 @@ def sample(arguments) -> int:
   options |= {'seed': arguments.seed, 'stop': tuple(arguments.stop)}
   draft = None
   if arguments.draft is not None:
-    small, its_params = trained.load(arguments.draft, 'language')
+    small, its_params = _load(arguments.draft, 'language', arguments.dtype)
     draft = options['draft'] = small.as_draft(its_params, arguments.num_draft)
   if arguments.prompts is None:
     prompt = '\n' if arguments.prompt is None else arguments.prompt
@@ -105,8 +106,17 @@ def translate(arguments) -> int:
 
 
 def evaluate(arguments) -> int:
-  """Evaluate a run's model on its held-out data, or on given files."""
+  """Evaluate a model on its run's held-out data, or on given files."""
   files = arguments.source, arguments.target
+  if arguments.text is not None:
+    text = read_text(arguments.text)
+    task, params = _open(arguments, 'language')
+    found = task.evaluate_text(params, text, arguments.context_size)
+    print(f'{found["loss"]:.4f} nats per token of {found["tokens"]:,.0f}')
+    print(f'{found["bits_per_byte"]:.4f} bits per byte of {found["bytes"]:,}')
+    return 0
+  if arguments.model:
+    raise ValueError('--model: requires --text=FILE to evaluate it on')
   if files == (None, None):
     set_up_jax()
     workdir = pathlib.Path(arguments.workdir)
@@ -182,17 +192,18 @@ def contacts(arguments) -> int:
 
 def plot(arguments) -> int:
   """Draw a model's attention patterns in a text, as images and a web page."""
-  workdir = pathlib.Path(arguments.workdir)
+  folder = pathlib.Path(arguments.workdir or arguments.model)
   task, params = _open(arguments)
   if not hasattr(task, 'patterns'):
-    raise ValueError(f'{workdir}: its task does not read text')
+    raise ValueError(f'{folder}: its task does not read text')
   found = task.patterns(
     params,
     arguments.text,
     layers=_numbers_or_names(arguments.layers),
     heads=_numbers(arguments.heads),
   )
-  out = pathlib.Path(arguments.out or workdir / 'plots')
+  out = folder / 'plots' if arguments.workdir else pathlib.Path('plots')
+  out = pathlib.Path(arguments.out or out)
   out.mkdir(parents=True, exist_ok=True)
   numbers = _numbers(arguments.heads)
   for name, (queries, keys, patterns) in found.items():
@@ -219,7 +230,7 @@ def plot(arguments) -> int:
       figure.savefig(path, dpi=plots.DPI)
       print(path)
     path = out / f'{name}.html'
-    title = f'{name} of {workdir.name}'
+    title = f'{name} of {folder.name}'
     page = plots.viewer(
       patterns, queries, keys, head_numbers=numbers, title=title
     )
@@ -239,7 +250,13 @@ def export(arguments) -> int:
 
 
 def inspect(arguments) -> int:
-  """Report the parameters, FLOPs and memory of a config's model."""
+  """Report the parameters, FLOPs and memory of a model."""
+  if arguments.model:
+    if arguments.rest or arguments.device or arguments.decode:
+      raise ValueError('--model: expected no other flags')
+    fields = transformers_folder.load_fields(arguments.model)
+    print(model_summary.inspect(Language(None, fields, None)))
+    return 0
   words = [f'--config={arguments.config}', *arguments.rest, '--workdir=unused']
   config = command_line.parse(['inspect', *words]).config
   if arguments.device is None:
@@ -296,9 +313,35 @@ def _numbers(words: str | None):
 
 
 def _open(arguments, kind=None):
-  """Load a run's task without its data, and its parameters."""
+  """Load the task of a run or a folder, without data, and its parameters."""
   set_up_jax()
+  if getattr(arguments, 'model', None):
+    return transformers_folder.load_task(arguments.model, arguments.dtype)
   return trained.load(arguments.workdir, kind)
+
+
+def _load(path, kind, dtype):
+  """As `_open`, of a path that is either."""
+  if transformers_folder.is_one(path):
+    return transformers_folder.load_task(path, dtype)
+  return trained.load(path, kind)
+
+
+def _add_model(parser):
+  """Add --workdir and --model, of which one is required."""
+  group = parser.add_mutually_exclusive_group(required=True)
+  group.add_argument('--workdir', help='folder of the run')
+  group.add_argument(
+    '--model',
+    metavar='FOLDER',
+    help='folder of a language model of transformers: config.json, '
+    '*.safetensors, tokenizer.json',
+  )
+  parser.add_argument(
+    '--dtype',
+    choices=('float32', 'bfloat16', 'float16'),
+    help="dtype of --model's parameters (default: that of its files)",
+  )
 
 
 def _parser():
@@ -306,7 +349,7 @@ def _parser():
   commands = parser.add_subparsers(dest='command', required=True)
 
   add = commands.add_parser('sample', help=sample.__doc__)
-  add.add_argument('--workdir', required=True, help='folder of the run')
+  _add_model(add)
   prompts = add.add_mutually_exclusive_group()
   prompts.add_argument(
     '--prompt', help='text to continue (default: an empty line)'
@@ -354,9 +397,9 @@ def _parser():
   )
   add.add_argument(
     '--draft',
-    metavar='WORKDIR',
-    help='run of a smaller model with the same vocabulary, whose proposals '
-    'make sampling faster and do not change its distribution',
+    metavar='FOLDER',
+    help='run or folder of a smaller model with the same vocabulary; its '
+    'proposals make sampling faster and do not change its distribution',
   )
   add.add_argument(
     '--num_draft',
@@ -375,7 +418,14 @@ def _parser():
   add.set_defaults(run=translate)
 
   add = commands.add_parser('evaluate', help=evaluate.__doc__)
-  add.add_argument('--workdir', required=True, help='folder of the run')
+  _add_model(add)
+  add.add_argument('--text', help='text file for a language model to predict')
+  add.add_argument(
+    '--context_size',
+    type=int,
+    default=0,
+    help="tokens of context with --text (default: the model's, up to 1,024)",
+  )
   add.add_argument('--source', help='file of source lines, plain or gzip')
   add.add_argument('--target', help='file of their translations, line by line')
   _add_beam_size(add)
@@ -402,7 +452,7 @@ def _parser():
   add.set_defaults(run=contacts)
 
   add = commands.add_parser('plot', help=plot.__doc__)
-  add.add_argument('--workdir', required=True, help='folder of the run')
+  _add_model(add)
   add.add_argument(
     '--text',
     required=True,
@@ -419,7 +469,9 @@ def _parser():
     'first selected head of the lowest selected layer (default: rows)',
   )
   add.add_argument(
-    '--out', help="folder for the files (default: the run's plots/)"
+    '--out',
+    help="folder for the files (default: the run's plots/; for --model, "
+    'plots/)',
   )
   add.set_defaults(run=plot)
 
@@ -431,10 +483,12 @@ def _parser():
   add.set_defaults(run=export)
 
   add = commands.add_parser('inspect', help=inspect.__doc__)
-  add.add_argument(
-    '--config',
-    required=True,
-    help='config file; --config.KEY=VALUE overrides its keys',
+  what = add.add_mutually_exclusive_group(required=True)
+  what.add_argument(
+    '--config', help='config file; --config.KEY=VALUE overrides its keys'
+  )
+  what.add_argument(
+    '--model', metavar='FOLDER', help='folder of a model of transformers'
   )
   add.add_argument(
     '--device',

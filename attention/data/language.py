@@ -152,6 +152,47 @@ class Text:
       yield {name: part[i] for name, part in parts.items()}
 
 
+def sliding_batches(
+  tokens: np.ndarray, context_size: int, batch_size: int, num_prefix: int = 0
+):
+  """Iterate over a text with overlapping windows, with each target once.
+
+  Windows advance by half their length, so that every target follows at least
+  half a context, or all there is.
+
+  Args:
+    tokens: [n] ints.
+    context_size: tokens per window, above num_prefix.
+    batch_size: windows per batch.
+    num_prefix: number of tokens at the start that every window starts with.
+
+  Yields:
+    'tokens' and 'targets' [batch_size, context_size] int32, and 'mask', which
+    is True at the targets that count.
+  """
+  prefix, text = np.split(tokens, [num_prefix])
+  room = context_size + 1 - num_prefix  # with the last target
+  stride = max(1, room // 2)
+  count = 1 + max(0, -(-(len(text) - room) // stride))
+  scored = 0 if num_prefix else 1
+  rows = []
+  for start in range(0, count * stride, stride):
+    part = text[start : start + room]
+    row = np.concatenate([prefix, part])
+    mask = np.arange(len(row)) >= num_prefix + scored - start
+    scored = start + room
+    padding = (0, context_size + 1 - len(row))
+    row, mask = np.pad(row, padding), np.pad(mask, padding)
+    rows.append(
+      {'tokens': row[:-1], 'targets': row[1:], 'mask': mask[1:]},
+    )
+  blank = {name: np.zeros_like(x) for name, x in rows[0].items()}
+  rows += [blank] * (-len(rows) % batch_size)
+  for i in range(0, len(rows), batch_size):
+    part = rows[i : i + batch_size]
+    yield {name: np.stack([row[name] for row in part]) for name in blank}
+
+
 def recorded(level: str, vocabulary: str | None):
   """Restore a vocabulary of the given level from the record of a run."""
   if level == 'bytes':

@@ -88,6 +88,18 @@ class Subwords:
     return max(self._tokenizer.get_vocab().values(), default=-1) + 1
 
   @functools.cached_property
+  def prefix(self) -> tuple[int, ...]:
+    """The special tokens that texts start with, such as <bos>."""
+    plain, framed = (
+      self._tokenizer.encode('a', add_special_tokens=special).ids
+      for special in (False, True)
+    )
+    for start in range(len(framed) - len(plain) + 1):
+      if framed[start : start + len(plain)] == plain:
+        return tuple(framed[:start])
+    return ()
+
+  @functools.cached_property
   def _is_separable(self):
     """Whether parts split at `_BOUNDARY` can be encoded separately."""
     record = json.loads(self._tokenizer.to_str())

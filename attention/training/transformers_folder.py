@@ -1,52 +1,126 @@
 """Language models in folders that transformers reads and writes."""
 
+import json
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from attention.data.files import read_text
 from attention.data.subwords import Subwords
 from attention.modules import lora
+from attention.training.tasks.language import Language
 
 
-def _interop():
-  try:
-    from attention.interop import gpt2
-  except ImportError as error:  # its message says what to install
-    raise ValueError(str(error)) from None
-  return gpt2
-
-
-def load(folder: pathlib.Path) -> tuple[dict, dict, Subwords | None]:
+def load(folder, *, dtype=np.float32, sharding=None) -> tuple:
   """Load a model and its tokenizer.
 
   Args:
     folder: has config.json, *.safetensors and perhaps tokenizer.json.
+    dtype: of the parameters; None for those of the files.
+    sharding: see `attention.interop.transformers.load`.
 
   Returns:
-    (fields of `GPT`, parameters in float32, vocabulary or None).
+    (fields of `GPT`, parameters, `Subwords` or None).
 
   Raises:
-    ValueError: a file is damaged, or the model is of an unknown architecture.
+    ValueError: a file is damaged, the model is of an unknown architecture, or
+      the tokenizer has more tokens than the model.
     OSError: a file cannot be read.
   """
-  fields, params = _interop().load(folder)
-  params = jax.tree.map(lambda x: np.asarray(x, np.float32), params)
+  folder = pathlib.Path(folder)
+  fields = load_fields(folder)
+  vocabulary = _load_vocabulary(folder, fields['vocab_size'])
+  _, params = _interop().load(folder, dtype=dtype, sharding=sharding)
+  return fields, params, vocabulary
+
+
+def is_one(folder) -> bool:
+  """Whether a folder has a model of transformers, rather than a run of ours."""
+  path = pathlib.Path(folder) / 'config.json'
+  try:
+    config = json.loads(path.read_text())
+  except (OSError, ValueError):
+    return False
+  return isinstance(config, dict) and 'model_type' in config
+
+
+def load_fields(folder) -> dict:
+  """Load the fields of `GPT` only.
+
+  Raises:
+    ValueError: as `load`.
+    OSError: as `load`.
+  """
+  fields = _interop().load_fields(folder)
+  del fields['model']
+  return fields
+
+
+def load_task(folder, dtype: str | None = None) -> tuple[Language, dict]:
+  """Load a model to use it, on the first device.
+
+  Args:
+    folder: has config.json, *.safetensors and tokenizer.json.
+    dtype: of the parameters; None for those of the files.
+
+  Returns:
+    (task, params). Texts start and end with the tokens that the tokenizer and
+    the config ask for.
+
+  Raises:
+    ValueError: as `load`, or there is no tokenizer.json.
+    OSError: as `load`.
+  """
+  folder = pathlib.Path(folder)
+  if not (folder / 'tokenizer.json').exists():
+    load_fields(folder)  # there may be nothing at all
+    raise ValueError(f'{folder}: expected tokenizer.json, found none')
+  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  dtype = None if dtype is None else jnp.dtype(dtype)
+  fields, params, vocabulary = load(folder, dtype=dtype, sharding=device)
+  task = Language(vocabulary, fields, None)
+  task.prefix = vocabulary.prefix
+  task.end = _load_end(folder)
+  return task, params
+
+
+def _load_end(folder):
+  """The tokens that end a text, or None."""
+  for name in ('generation_config.json', 'config.json'):
+    path = folder / name
+    if not path.exists():
+      continue
+    end = json.loads(read_text(str(path))).get('eos_token_id')
+    if end is not None:
+      return tuple(end) if isinstance(end, list) else end
+  return None
+
+
+def _load_vocabulary(folder, vocab_size):
   path = folder / 'tokenizer.json'
   if not path.exists():
-    return fields, params, None
+    return None
   vocabulary = Subwords(read_text(str(path)))
   try:
     size = vocabulary.size
   except ValueError as error:
     raise ValueError(f'{path}: {error}') from None
-  if size > fields['vocab_size']:
+  if size > vocab_size:
     raise ValueError(
-      f'{path}: expected at most {fields["vocab_size"]:,} tokens, the '
-      f"model's vocab_size, got {size:,}"
+      f"{path}: expected at most {vocab_size:,} tokens, the model's "
+      f'vocab_size, got {size:,}'
     )
-  return fields, params, vocabulary
+  return vocabulary
+
+
+def _interop():
+  try:
+    from attention.interop import transformers
+  except ImportError as error:  # its message says what to install
+    raise ValueError(str(error)) from None
+  return transformers
 
 
 def save(folder: pathlib.Path, task, params: dict) -> list[str]:

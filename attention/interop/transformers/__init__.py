@@ -17,7 +17,7 @@ from attention import models
 from attention.interop.shapes import differences
 from attention.interop.transformers import families
 from attention.interop.transformers.config import Config
-from attention.interop.transformers.layout import arrange_qkv
+from attention.interop.transformers.layout import arrange_qkv, pair_halves
 from attention.interop.transformers.normal_form import compare, normal_form
 from attention.interop.transformers.weights import Weights, write
 
@@ -103,6 +103,7 @@ def save(
   """
   fields = {k: v for k, v in fields.items() if k != 'model'}
   form = normal_form(fields)
+  is_adjacent = _use_halves(form)
   family, config = _family_of(form)
   fields = family.to_fields(Config(config, 'config.json'))
   shapes = _shapes(fields)
@@ -122,6 +123,9 @@ def save(
   )
   if wrong:
     raise ValueError(f'params: {"; ".join(wrong)}')
+  if is_adjacent:
+    params = pair_halves(params, form['attention'])
+    flat = {(module, name): params[module][name] for module, name in flat}
   stored = _stored(family, fields, shapes)
   parts = {}
   for at, where in stored.items():
@@ -170,6 +174,16 @@ class _Joined:
     for where, array in self._part:
       joined[..., where.column :: 2] = np.asarray(array)
     return joined
+
+
+def _use_halves(form):
+  """Pair channels as all architectures do; returns whether they were not."""
+  found = False
+  for part in ('attention', 'window_attention'):
+    rotary = (form[part] or {}).get('rotary')
+    if rotary is not None and rotary['pairs'] == 'adjacent':
+      rotary['pairs'], found = 'halves', True
+  return found
 
 
 def _family_of(form):

@@ -190,27 +190,23 @@ class _Llama:
     return {'window': window, 'window_pattern': pattern}
 
   def _rotary(self, config, fields):
-    length, size = fields['context_size'], fields['attention']['key_size']
+    length = fields['context_size']
     base = config.number('rope_theta', self.base)
     rope = config.part('rope_parameters') or config.part('rope_scaling')
     by_type = rope is not None and rope.get('full_attention') is not None
     of_full = rope.part('full_attention') if by_type else rope
-    fields['attention']['rotary'] = rotary.to_fields(
-      of_full, base, length, size
-    )
+    fields['attention']['rotary'] = rotary.to_fields(of_full, base, length)
     if self.window_base is None:
       return
     base = config.number('rope_local_base_freq', self.window_base)
     of_window = rope.part('sliding_attention') if by_type else None
-    local = rotary.to_fields(of_window, base, length, size)
+    local = rotary.to_fields(of_window, base, length)
     if 'window' in fields:
       fields['window_attention'] = {'rotary': local}
 
   def to_config(self, fields: dict) -> dict:
     attention = fields['attention']
-    theta, scaling = rotary.to_config(
-      attention['rotary'], attention['key_size']
-    )
+    theta, scaling = rotary.to_config(attention['rotary'])
     config = {theirs: fields[ours] for ours, theirs in _LLAMA_SIZES.items()} | {
       'num_key_value_heads': attention['num_kv_heads'],
       'head_dim': attention['key_size'],
@@ -250,9 +246,8 @@ class _Llama:
       config['use_sliding_window'] = window is not None
       config['max_window_layers'] = letters.count('f')
     if self.window_base is not None and 'w' in letters:
-      size = fields['attention']['key_size']
       local = fields['window_attention']['rotary']
-      config['rope_local_base_freq'] = rotary.to_config(local, size)[0]
+      config['rope_local_base_freq'] = rotary.to_config(local)[0]
     return config
 
 

@@ -1,4 +1,4 @@
-"""Query, key and value projections, fused to one or apart."""
+"""Layouts of query, key and value: fused or apart, and pairs of channels."""
 
 import numpy as np
 
@@ -44,3 +44,31 @@ def arrange_qkv(params: dict, attention: dict, num_heads: int, is_fused: bool):
           for leaf, array in leaves.items()
         }
   return found
+
+
+def pair_halves(params: dict, attention: dict) -> dict:
+  """Reorder channels for rotary codes whose pairs are i and i + n/2.
+
+  Logits do not change if the channels of queries and keys are permuted alike.
+
+  Args:
+    params: parameters with query and key apart, for pairs 2i and 2i + 1.
+    attention: all fields of the attention.
+  """
+  size = attention['key_size']
+  order = np.concatenate([np.arange(0, size, 2), np.arange(1, size, 2)])
+  found = dict(params)
+  for module, leaves in params.items():
+    if module.endswith(('/attention/query', '/attention/key')):
+      found[module] = {
+        leaf: _reorder(np.asarray(array), order)
+        for leaf, array in leaves.items()
+      }
+    elif module.endswith(('/query_norm', '/key_norm')):
+      found[module] = {'scale': np.asarray(leaves['scale'])[order]}
+  return found
+
+
+def _reorder(array, order):
+  heads = array.reshape(*array.shape[:-1], -1, len(order))
+  return heads[..., order].reshape(array.shape)

@@ -24,14 +24,13 @@ _NUMBERS = {
 _OPTIONAL = ('beta_slow', 'beta_fast', 'amplitude')
 
 
-def to_fields(rope: Config | None, base, length, head_size) -> dict:
+def to_fields(rope: Config | None, base, length) -> dict:
   """The fields of `Rotary`.
 
   Args:
     rope: rope_scaling or rope_parameters, or None.
     base: where they have no rope_theta.
     length: where they have no original_max_position_embeddings.
-    head_size: channels per head.
 
   Raises:
     ValueError: a scaling or a key that `Rotary` has no counterpart of.
@@ -41,9 +40,8 @@ def to_fields(rope: Config | None, base, length, head_size) -> dict:
     return fields
   fields['base'] = rope.number('rope_theta', base)
   kind = rope.choice('rope_type', _NUMBERS, rope.get('type', 'default'))
-  share = rope.number('partial_rotary_factor', 1.0)
-  if share != 1:
-    fields['num_channels'] = int(head_size * share)
+  # The architectures rotate all channels.
+  rope.choice('partial_rotary_factor', (1.0,), 1.0)
   if kind != 'default':
     fields['scaling'] = kind
   for ours, theirs in _NUMBERS[kind].items():
@@ -60,7 +58,7 @@ def to_fields(rope: Config | None, base, length, head_size) -> dict:
   return fields
 
 
-def to_config(rotary: dict | None, head_size: int):
+def to_config(rotary: dict | None):
   """(rope_theta, rope_scaling or None)."""
   rotary = Rotary(**(rotary or {}))
   scaling = {}
@@ -70,6 +68,4 @@ def to_config(rotary: dict | None, head_size: int):
       scaling[theirs] = value
   if kind == 'yarn':
     scaling['truncate'] = rotary.with_whole_pairs
-  if rotary.num_channels not in (None, head_size):
-    scaling['partial_rotary_factor'] = rotary.num_channels / head_size
   return rotary.base, {'rope_type': kind, **scaling} if scaling else None

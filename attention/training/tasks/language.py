@@ -20,7 +20,8 @@ class Language:
   command = 'sample'
   loss_unit = 'nats per token'
   example_name = 'a sample'
-  end: int | None = None  # the token that ends a text
+  prefix: tuple[int, ...] = ()  # tokens that texts start with
+  end: int | tuple[int, ...] | None = None  # the tokens that end a text
 
   def __init__(
     self, vocabulary, model: dict, data: language.Text | None, parts: int = 1
@@ -28,7 +29,7 @@ class Language:
     """Create a task; `create` and `load` do so from a config.
 
     Args:
-      vocabulary: encodes and decodes the texts.
+      vocabulary: encodes and decodes the texts; None to count parameters.
       model: fields of a GPT; a missing or zero vocab_size defaults to the
         vocabulary's size.
       data: training data; None to use a trained model without data.
@@ -40,7 +41,7 @@ class Language:
     size = model.get('vocab_size') or vocabulary.size
     self.model_fields = model = {**model, 'vocab_size': size}
     self._parts = parts
-    if model['vocab_size'] < vocabulary.size:
+    if vocabulary is not None and model['vocab_size'] < vocabulary.size:
       raise ValueError(
         f'model.vocab_size: expected at least {vocabulary.size}, the size of '
         f"the data's vocabulary, got {model['vocab_size']}"
@@ -130,6 +131,56 @@ class Language:
       'eval/loss': total / count,
       'eval/bits_per_byte': bits / self.data.validation_bytes,
     }
+
+  def evaluate_text(
+    self, params, text: str, context_size: int = 0
+  ) -> dict[str, float]:
+    """Evaluate the model on a text, with a sliding context.
+
+    Each token is predicted once, from half a context or more, as far as the
+    text goes back. The first one counts only if texts have a prefix.
+
+    Args:
+      params: model parameters.
+      text: any text.
+      context_size: tokens of context; 0 for the model's, up to 1,024.
+
+    Returns:
+      'loss' in nats per token, 'bits_per_byte' of UTF-8, 'tokens' and 'bytes',
+      of what is predicted.
+
+    Raises:
+      ValueError: a text of too few tokens or with symbols outside the
+        vocabulary, or a context that the model does not have.
+    """
+    most = self.context_size
+    width = context_size or min(most, 1024)
+    if not 2 <= width <= most:
+      raise ValueError(
+        f"context_size: expected 2 to {most}, the model's, got {width}"
+      )
+    tokens = self.encode('text', text)[0]
+    if len(tokens) < 2:
+      raise ValueError('text: expected two tokens or more, got one')
+    total, count = 0.0, 0.0
+    for batch in language.sliding_batches(
+      tokens, width, self._eval_rows(width), num_prefix=len(self.prefix)
+    ):
+      nats, scored = self._evaluate_batch(params, jax.device_put(batch))
+      total, count = total + float(nats), count + float(scored)
+    first = 0 if self.prefix else 1
+    kept = self.vocabulary.decode(tokens[len(self.prefix) + first :])
+    size = len(kept.encode())
+    return {
+      'loss': total / count,
+      'bits_per_byte': total / math.log(2) / size,
+      'tokens': count,
+      'bytes': size,
+    }
+
+  def _eval_rows(self, width):
+    """Rows whose logits take about 256 MiB."""
+    return max(1, 2**26 // (width * self.model_fields['vocab_size']))
 
   @functools.cached_property
   def _evaluate_batch(self):
@@ -328,7 +379,7 @@ class Language:
     return {'attention': (labels, labels, found)}
 
   def encode(self, name: str, text: str) -> np.ndarray:
-    """Encode a text as tokens [1, t]; `name` is its name in errors.
+    """Encode a text as tokens [1, t], with the prefix; `name` is for errors.
 
     Raises:
       ValueError: the text is empty or has symbols outside the vocabulary.
@@ -336,9 +387,10 @@ class Language:
     if not text:
       raise ValueError(f'{name}: expected at least one symbol, got none')
     try:
-      return self.vocabulary.encode(text)[None]
+      tokens = self.vocabulary.encode(text)
     except ValueError as error:
       raise ValueError(f'{name}: {error}') from None
+    return np.concatenate([np.array(self.prefix, np.int32), tokens])[None]
 
   def lower_decoding(self, params):
     """Lower reading half a context and sampling a piece, as one program.

@@ -2,12 +2,14 @@
 
 import json
 
+import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors import numpy as safetensors
 
+from attention import models
 from attention.interop import transformers
 from attention.interop.transformers.weights import Stored, Weights
 from attention.training.parallelism import sharding
@@ -183,6 +185,10 @@ def test_a_folder_without_weights_is_refused(folder):
       "positions: expected 'rotary' for .*, got 'alibi'",
     ),
     ({'attention': {'logit_cap': 3.0}}, 'logit_cap: expected None'),
+    (
+      {'attention': {'rotary': {'num_channels': 4, 'pairs': 'halves'}}},
+      'attention.rotary.num_channels: expected None for LlamaForCausalLM',
+    ),
     ({'vocab': 3}, 'fields: unknown vocab'),
   ],
 )
@@ -197,6 +203,46 @@ def test_models_that_no_architecture_computes_are_not_saved(
   with pytest.raises(ValueError, match=message):
     transformers.save(tmp_path / 'new', fields, params)
   assert not (tmp_path / 'new').exists()
+
+
+def test_adjacent_rotary_pairs_are_reordered(tmp_path, assert_close):
+  fields = dict(
+    vocab_size=11,
+    context_size=9,
+    num_layers=2,
+    num_heads=4,
+    model_size=24,
+    positions='rotary',
+    norm_kind='rms',
+    activation='swiglu',
+    with_feed_forward_bias=False,
+    window=4,
+    window_pattern='wf',
+    attention=dict(
+      num_kv_heads=2,
+      with_qk_norm=True,
+      with_bias=False,
+      with_output_bias=False,
+    ),
+  )
+
+  def logits(fields, params):
+    model = hk.transform(lambda t: models.create('gpt', **fields)(t))
+    tokens = np.arange(9)[None] % 11
+    if params is None:
+      params = jax.jit(model.init)(jax.random.key(0), tokens)
+      rng = np.random.RandomState(0)
+      params = jax.tree.map(
+        lambda x: x + 0.2 * rng.standard_normal(x.shape).astype('f'), params
+      )
+    return params, jax.jit(model.apply)(params, None, tokens)
+
+  params, expected = logits(fields, None)
+  transformers.save(tmp_path, fields, params)
+  loaded, again = transformers.load(tmp_path)
+  assert loaded.pop('model') == 'gpt'
+  assert loaded['attention']['rotary']['pairs'] == 'halves'
+  assert_close(logits(loaded, again)[1], expected)
 
 
 def test_fused_projections_are_split(tmp_path, published):
