@@ -18,7 +18,8 @@ _FLOORS = {
   'interop': 3,
   'plots': 3,
   'training': 4,
-  '__main__': 5,
+  'commands': 5,
+  '__main__': 6,
 }
 _SOURCES = sorted((_ROOT / 'attention').rglob('*.py'))
 

@@ -1,0 +1,46 @@
+"""The model that a command uses: flags that name it, and loading it."""
+
+from attention.training import trained, transformers_folder
+from attention.training.main import set_up_jax
+
+
+def add_flags(parser):
+  """Add --workdir and --model, of which one is required."""
+  group = parser.add_mutually_exclusive_group(required=True)
+  group.add_argument('--workdir', help='folder of the run')
+  group.add_argument(
+    '--model',
+    metavar='FOLDER',
+    help='folder of a language model of transformers: config.json, '
+    '*.safetensors, tokenizer.json',
+  )
+  parser.add_argument(
+    '--dtype',
+    choices=('float32', 'bfloat16', 'float16'),
+    help="dtype of --model's parameters (default: that of its files)",
+  )
+
+
+def add_beam_size(parser) -> None:
+  """Add --beam_size."""
+  parser.add_argument(
+    '--beam_size',
+    type=int,
+    default=5,
+    help='beam size; 1 decodes greedily (default: 5)',
+  )
+
+
+def open_task(arguments, kind=None):
+  """Load the task of a run or a folder, without data, and its parameters."""
+  set_up_jax()
+  if getattr(arguments, 'model', None):
+    return transformers_folder.load_task(arguments.model, arguments.dtype)
+  return trained.load(arguments.workdir, kind)
+
+
+def load(path, kind, dtype):
+  """As `open_task`, of a path that is either."""
+  if transformers_folder.is_one(path):
+    return transformers_folder.load_task(path, dtype)
+  return trained.load(path, kind)
