@@ -102,8 +102,9 @@ def _load_vocabulary(folder, vocab_size):
   path = folder / 'tokenizer.json'
   if not path.exists():
     return None
-  vocabulary = Subwords(read_text(str(path)))
+  text = read_text(str(path))
   try:
+    vocabulary = Subwords(_without_surplus(text, vocab_size))
     size = vocabulary.size
   except ValueError as error:
     raise ValueError(f'{path}: {error}') from None
@@ -113,6 +114,19 @@ def _load_vocabulary(folder, vocab_size):
       f'vocab_size, got {size:,}'
     )
   return vocabulary
+
+
+def _without_surplus(text, vocab_size):
+  """A tokenizer.json without added tokens that the model has no ids for.
+
+  Gemma 3's has one, for images.
+  """
+  tokenizer = json.loads(text)
+  added = tokenizer.get('added_tokens') or []
+  kept = [token for token in added if token['id'] < vocab_size]
+  if len(kept) == len(added):
+    return text
+  return json.dumps({**tokenizer, 'added_tokens': kept}, ensure_ascii=False)
 
 
 def _interop():

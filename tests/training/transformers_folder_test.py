@@ -124,17 +124,18 @@ def test_sliding_windows_score_each_target_once(num_prefix, count):
 def test_texts_start_with_the_tokens_of_the_tokenizer(folder):
   path = folder / 'tokenizer.json'
   tokenizer = json.loads(path.read_text())
-  tokenizer['added_tokens'].append(
-    dict(
-      id=271,
-      content='<s>',
-      single_word=False,
-      lstrip=False,
-      rstrip=False,
-      normalized=False,
-      special=True,
+  for number, name in ((270, '<s>'), (280, '<image>')):  # of ids up to 279
+    tokenizer['added_tokens'].append(
+      dict(
+        id=number,
+        content=name,
+        single_word=False,
+        lstrip=False,
+        rstrip=False,
+        normalized=False,
+        special=True,
+      )
     )
-  )
   tokenizer['post_processor'] = {
     'type': 'TemplateProcessing',
     'single': [
@@ -145,15 +146,16 @@ def test_texts_start_with_the_tokens_of_the_tokenizer(folder):
       {'Sequence': {'id': 'A', 'type_id': 0}},
       {'Sequence': {'id': 'B', 'type_id': 0}},
     ],
-    'special_tokens': {'<s>': {'id': '<s>', 'ids': [271], 'tokens': ['<s>']}},
+    'special_tokens': {'<s>': {'id': '<s>', 'ids': [270], 'tokens': ['<s>']}},
   }
   path.write_text(json.dumps(tokenizer))
   (folder / 'generation_config.json').write_text('{"eos_token_id": [3, 5]}')
   task, params = transformers_folder.load_task(folder)
-  assert task.prefix == (271,)
+  assert task.prefix == (270,)
+  assert task.vocabulary.size == 271
   assert task.end == (3, 5)
   tokens = task.encode('text', 'to be')[0]
-  assert tokens[0] == 271
+  assert tokens[0] == 270
   assert task.vocabulary.decode(tokens[1:]) == 'to be'
   found = task.evaluate_text(params, _TEXT)
   assert found['bytes'] == len(_TEXT)
