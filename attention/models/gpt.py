@@ -38,7 +38,14 @@ class GPT(Transformer):
   lora: dict | None = None  # fields of `Lora`, low-rank updates
 
   @adapted
-  def __call__(self, tokens, *, cache=None, is_training: bool = False):
+  def __call__(
+    self,
+    tokens,
+    *,
+    cache=None,
+    num_logits: int | None = None,
+    is_training: bool = False,
+  ):
     """Computes the logits of the token after each position.
 
     Args:
@@ -46,10 +53,11 @@ class GPT(Transformer):
       cache: an empty `Cache` for the first tokens, of a capacity up to
         context_size, then the cache that the previous call returned. Its window
         is that of the layers.
+      num_logits: n, to compute the logits of the last n positions only.
       is_training: whether to apply dropout.
 
     Returns:
-      [b, t, vocab_size] float32; with a cache, a pair of the logits and the new
+      [b, t or n, vocab_size] float32; with a cache, a pair of the logits and the new
       cache.
 
     Raises:
@@ -113,6 +121,8 @@ class GPT(Transformer):
       use_remat=self.use_remat and cache is None,
       period=len(self.window_pattern) if self.window else 1,
     )
+    if num_logits is not None:
+      x = x[:, -num_logits:]
     x = self.final_norm(x)
     if self.with_tied_output:
       logits = x @ token_table.embeddings.T
