@@ -99,8 +99,8 @@ _GPT = dict(num_layers=2, num_heads=2, model_size=8, vocab_size=11)
 
 
 @functools.cache
-def _gpt(seed, context_size=40, **fields):
-  """A random GPT's step, which returns logits at all positions."""
+def _gpt(seed, noise=0.0, context_size=40, **fields):
+  """A random GPT's step; with noise, that of one that often agrees with it."""
   fields = _GPT | dict(context_size=context_size) | fields
   model = hk.without_apply_rng(
     hk.transform(
@@ -109,8 +109,9 @@ def _gpt(seed, context_size=40, **fields):
   )
   shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 2), int))
   rng = np.random.default_rng(seed)
+  params = jax.tree.map(lambda x: rng.normal(size=x.shape), shapes)
   params = jax.tree.map(
-    lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), shapes
+    lambda x: jnp.asarray(x + noise * rng.normal(size=x.shape), 'f'), params
   )
   return lambda tokens, cache: model.apply(params, tokens, cache=cache)
 
@@ -131,14 +132,14 @@ _speculate = functools.partial(
 def _fields(kind):
   return dict(
     plain={},
-    window=dict(window=4, positions='rotary'),
+    window=dict(window=4, positions='rotary', with_tied_output=False),
     alibi=dict(window=6, positions='alibi', num_layers=1),
   )[kind]
 
 
 @pytest.mark.parametrize('kind', ['plain', 'window', 'alibi'])
 def test_greedy_tokens_are_the_large_models_own(kind):
-  step, draft = _gpt(0, **_fields(kind)), _gpt(1, **_fields(kind))
+  step, draft = (_gpt(0, noise, **_fields(kind)) for noise in (0.0, 0.05))
   tokens, start = align([[5, 1, 2, 9, 7, 3], [4, 4], [8, 10, 1]])
   size = 6 + 12 + 3 - 1
 
@@ -154,7 +155,7 @@ def test_greedy_tokens_are_the_large_models_own(kind):
   expected, *actual = decode(tokens, start)
   for found, accepted in actual:
     np.testing.assert_array_equal(found, expected)
-    assert 0 <= accepted < 3
+    assert 0.3 < accepted < 2.9
 
 
 def test_a_draft_that_is_the_model_has_all_its_tokens_accepted():
@@ -197,7 +198,7 @@ def test_rows_stop_at_any_end_token():
 
 @pytest.mark.parametrize('window', [None, 4])
 def test_caches_go_on_with_the_last_token(window):
-  step, draft = _gpt(0, window=window), _gpt(1, window=window)
+  step, draft = (_gpt(0, noise, window=window) for noise in (0.0, 0.05))
   prompt = jnp.array([[1, 2, 3]])
   cache = Cache.create(40, spare=3)
   expected = _greedy(step, cache, prompt, 20)
@@ -226,7 +227,7 @@ def test_caches_go_on_with_the_last_token(window):
       dict(cache=Cache.create(11)),
       'cache: .* a capacity of 12, .*got 11',
     ),
-    (dict(draft_cache=np.zeros(2)), 'draft_cache: .* a Cache .*; pass rewind='),
+    (dict(draft_cache=np.zeros(2)), 'draft_cache: .* a Cache .* only'),
     (
       dict(draft=_gpt(1, window=2)),
       'draft_cache: expected spare=3, num_draft, .* window, got 0',

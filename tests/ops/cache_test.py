@@ -269,3 +269,17 @@ def test_prompts_are_right_aligned():
   for wrong in ([[1], []], [[1, 2, 3]]):
     with pytest.raises(ValueError, match='expected 1 to [12] tokens each'):
       align(wrong, 2 if len(wrong) == 1 else None)
+
+
+@pytest.mark.slow  # compiled with XLA's optimisations
+def test_rows_of_bfloat16_with_grouped_heads_are_attended():
+  key = jnp.ones((2, 3, G, D), jnp.bfloat16)
+  cache, _ = Cache.create(N).extend(key, key)
+
+  @jax.jit
+  def attend(cache, query, key):
+    _, (k, v, mask, _) = cache.extend(key, key, Mask.causal())
+    return dot_product_attention(query, k, v, mask=mask)
+
+  query = jnp.ones((2, 1, H, D), jnp.bfloat16)
+  np.testing.assert_array_equal(attend(cache, query, key[:, :1]), query)

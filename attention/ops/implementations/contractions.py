@@ -16,8 +16,10 @@ def products(
   k, g = key.shape[-3:-1]
   if g == h:
     return _einsum('...qhd,...khd->...hqk', query, key)
-  grouped = query.reshape(*b, q, g, h // g, d)
-  return _einsum('...qgpd,...kgd->...gpqk', grouped, key).reshape(*b, h, q, k)
+  # With a single axis of heads and queries, XLA on CPU reads the keys of a
+  # cache as they lie, instead of transposing them.
+  grouped = jnp.moveaxis(query, -3, -2).reshape(*b, g, h // g * q, d)
+  return _einsum('...gxd,...kgd->...gxk', grouped, key).reshape(*b, h, q, k)
 
 
 def sum_keys(

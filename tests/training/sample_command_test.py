@@ -1,0 +1,58 @@
+"""python -m attention sample: files of prompts, stops and drafts."""
+
+import json
+
+from attention import __main__ as cli
+from attention.training import loop, trained
+
+
+def test_each_line_of_a_file_is_continued_as_json(ended, tmp_path, capsys):
+  path = tmp_path / 'prompts.txt'
+  prompts = ['the lazy', 'a', 'quick brown fox jumps']
+  path.write_text('\n'.join(prompts) + '\n')
+  words = ['sample', f'--workdir={ended}', '--num_tokens=9', '--temperature=0']
+  capsys.readouterr()
+  assert cli.main([*words, f'--prompts={path}']) == 0
+  lines = list(map(json.loads, capsys.readouterr().out.splitlines()))
+  assert [line['prompt'] for line in lines] == prompts
+  for line in lines:
+    assert cli.main([*words, f'--prompt={line["prompt"]}']) == 0
+    alone = capsys.readouterr().out
+    assert alone == line['prompt'] + line['continuation'] + '\n'
+
+  path.write_text('the\nTHE\n')
+  assert cli.main([*words, f'--prompts={path}']) == 2
+  assert f"{path}: line 2: symbols 'EHT'" in capsys.readouterr().err
+  path.write_text('the\n\nfox\n')
+  assert cli.main([*words, f'--prompts={path}']) == 2
+  assert 'line 2: expected at least one symbol' in capsys.readouterr().err
+
+
+def test_a_text_ends_before_the_first_stop(ended, capsys):
+  words = ['sample', f'--workdir={ended}', '--num_tokens=30', '--prompt=fox']
+  capsys.readouterr()
+  assert cli.main(words) == 0
+  whole = capsys.readouterr().out[:-1]
+  stops = [whole[20:22], whole[12:15]]
+  assert cli.main([*words, *(f'--stop={stop}' for stop in stops)]) == 0
+  first = min(whole.index(stop, 3) for stop in stops)
+  assert capsys.readouterr().out == whole[:first] + '\n'
+
+
+def test_a_draft_leaves_greedy_text_as_it_is(ended, config, tmp_path, capsys):
+  words = ['sample', f'--workdir={ended}', '--num_tokens=9', '--temperature=0']
+  capsys.readouterr()
+  assert cli.main(words) == 0
+  expected = capsys.readouterr().out
+  assert cli.main([*words, f'--draft={ended}', '--num_draft=2']) == 0
+  printed = capsys.readouterr()
+  assert printed.out == expected
+  assert '2.00 of 2 proposals accepted per call' in printed.err
+
+  other = tmp_path / 'other'
+  loop.train(config(**{'training.steps': 1, 'data.level': 'bytes'}), other)
+  capsys.readouterr()
+  assert cli.main([*words, f'--draft={other}']) == 2
+  size = trained.load(ended)[0].vocabulary.size
+  message = f'vocabulary of {size} tokens, got another, of 256'
+  assert message in capsys.readouterr().err
