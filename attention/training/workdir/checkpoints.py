@@ -256,6 +256,8 @@ def _handlers():
 def newest_params(workdir: pathlib.Path, shapes) -> tuple[int, dict]:
   """Return the newest step of a run, and its parameters on one device.
 
+  In a run of several processes, each gets them on a device of its own.
+
   Args:
     workdir: folder of the run.
     shapes: the parameters' shapes and dtypes.
@@ -268,7 +270,7 @@ def newest_params(workdir: pathlib.Path, shapes) -> tuple[int, dict]:
   step = checkpoints.latest_step() if checkpoints else None
   if step is None:
     raise ValueError(f'{workdir}: no checkpoint yet; train it further first')
-  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   like = {'params': abstract(shapes, device)}
   return step, checkpoints.restore(step, like)['params']
 

@@ -16,10 +16,11 @@ from attention.training.workdir import metrics
 def start(text, tmp_path, python):
   """start(name, num_processes, steps): starts the processes of one run."""
 
-  def start(name, num_processes, steps):
+  def start(name, num_processes, steps, config='gpt_char', *words):
     words = [
       'train.py',
-      '--config=configs/gpt_char.py:debug',
+      *words,
+      f'--config=configs/{config}.py:debug',
       f'--config.data.path={text}',
       f'--workdir={tmp_path / name}',
       f'--config.training.steps={steps}',
@@ -64,6 +65,16 @@ def test_two_processes_match_one_process_with_two_devices(start, tmp_path):
   assert one.keys() == two.keys()
   assert len(one) == 32
   np.testing.assert_allclose(list(two.values()), list(one.values()), rtol=2e-6)
+  # Both processes read the run that they fine-tune.
+  tuned = {}
+  for name, num_processes in (('tuned', 1), ('tuned_by_two', 2)):
+    word = f'--config.init.path={tmp_path / "one"}'
+    for process in start(name, num_processes, 4, 'finetune', word):
+      _, error = process.communicate(timeout=300)
+      assert process.returncode == 0, error
+    tuned[name] = list(_losses(tmp_path / name).values())
+  assert tuned['tuned'][0] == pytest.approx(one[30, 'eval/loss'], rel=2e-6)
+  np.testing.assert_allclose(*tuned.values(), rtol=2e-6)
   # One process resumes from the checkpoint of two.
   for process in start('two', 1, 35):
     output, error = process.communicate(timeout=300)
