@@ -57,8 +57,8 @@ class GPT(Transformer):
       is_training: whether to apply dropout.
 
     Returns:
-      [b, t or n, vocab_size] float32; with a cache, a pair of the logits and the new
-      cache.
+      [b, t, vocab_size] float32, or [b, n, vocab_size]; with a cache, a pair of
+      the logits and the new cache.
 
     Raises:
       ValueError: more tokens than context_size, or a field with an impossible

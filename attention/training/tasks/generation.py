@@ -34,8 +34,8 @@ class Generator:
     """Create a generator.
 
     Args:
-      apply: (params, tokens [b, t], cache=None) -> logits [b, t, v], and the
-        new cache if there is one.
+      apply: (params, tokens [b, t], cache=None, num_logits=None) -> logits
+        [b, t, v], or of the last positions, and the new cache if there is one.
       vocab_size: number of tokens to choose from; the model may have more
         logits.
       context_size: the longest input.
@@ -87,17 +87,17 @@ class Generator:
       found[tokens] = True
     return seen
 
-  def _step(self, params, tokens, cache):
+  def _step(self, params, tokens, cache, **more):
     """(logits [b, t, v] of the vocabulary, cache)."""
-    logits, cache = self._apply(params, tokens, cache=cache)
+    logits, cache = self._apply(params, tokens, cache=cache, **more)
     return logits[..., : self.vocab_size], cache
 
   def _last(self, params):
     """The step for `attention.decoding`."""
 
     def last(tokens, cache):
-      logits, cache = self._step(params, tokens, cache)
-      return logits[:, -1], cache
+      logits, cache = self._step(params, tokens, cache, num_logits=1)
+      return logits[:, 0], cache
 
     return last
 
