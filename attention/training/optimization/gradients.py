@@ -69,7 +69,7 @@ def make(task, mesh, num_microbatches: int = 1):
   return gradients
 
 
-def partition(task, params) -> tuple[dict, dict]:
+def partition(task, params) -> tuple:
   """Separate parameters into those that are trained and those that are frozen.
 
   Args:
@@ -85,7 +85,7 @@ def partition(task, params) -> tuple[dict, dict]:
   return hk.data_structures.partition(task.is_trained, params)
 
 
-def merge(trained: dict, frozen: dict) -> dict:
+def merge(trained, frozen):
   """Return the parameters that `partition` separated."""
   return hk.data_structures.merge(frozen, trained) if frozen else trained
 

@@ -7,8 +7,9 @@ import jax
 import pytest
 
 import attention.__main__ as cli
+from attention.modules import lora
 from attention.training import command_line, tasks
-from attention.training.reporting import model_summary
+from attention.training.reporting import flops, model_summary
 
 
 def _inspect(capsys, *words):
@@ -69,7 +70,7 @@ def test_counts_match_the_model(is_tied):
   config = command_line.load_config('configs/gpt_char.py:debug')
   config.model.with_tied_output = is_tied
   task = tasks.create(config)
-  text = model_summary.inspect(config, task)
+  text = model_summary.inspect(task)
   params = jax.eval_shape(task.init, jax.random.key(0))
   count = sum(x.size for x in jax.tree.leaves(params))
   assert _row(text, 'total').split()[1] == f'{count:,}'
@@ -79,6 +80,23 @@ def test_counts_match_the_model(is_tied):
   symbols = task.vocabulary.size
   flops = 2 * (2 * 12 * 16**2 + 16 * symbols) + 2 * 2 * 16 * (16 + 16)
   assert _row(text, 'total').split()[2] == f'{flops:,}'
+
+
+def test_frozen_parameters_have_neither_gradients_nor_moments():
+  config = command_line.load_config('configs/gpt_char.py:debug')
+  config.model.lora = {'rank': 1}
+  task = tasks.create(config)
+  whole = flops.count_step(task, task.batch(0))
+  task.is_trained = lora.is_adapter
+  text = model_summary.inspect(task)
+  # Rank 1: inputs and outputs of four layers in each of two blocks.
+  trained = 2 * ((16 + 48) + (16 + 16) + (16 + 64) + (64 + 16))
+  share = trained / int(_row(text, 'total').split()[1].replace(',', ''))
+  assert _row(text, 'trained').split() == [
+    'trained', 'parameters', str(trained), f'({share:.2%})'
+  ]  # fmt: skip
+  # A step multiplies each frozen matrix twice, once in each direction.
+  assert 2 / 3 * whole < flops.count_step(task, task.batch(0)) < 0.8 * whole
 
 
 def test_inspect_accepts_overrides_and_reports_errors_in_one_line(capsys):
