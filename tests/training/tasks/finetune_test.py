@@ -246,7 +246,10 @@ def strange(ended, other, tmp_path_factory):
     ),
     ({'init.path': '/no'}, "init.path: expected the workdir .*, got '/no'"),
     ({'init.path': '{tmp}/broken'}, 'broken/config.json: not JSON'),
-    ({'init.path': '{tmp}/llama'}, "architectures: expected .* 'no such model'"),
+    (
+      {'init.path': '{tmp}/llama'},
+      "architectures: expected .* 'no such model'",
+    ),
     ({'init.path': '{tmp}/digits'}, "task 'language', got one of 'classif"),
     ({'init.path': '{tmp}/early'}, 'early: no checkpoint yet'),
     ({'data.path': '{tmp}/symbols.txt'}, "vocabulary: symbols 'ABC' are not"),
