@@ -8,6 +8,37 @@
 | (default) | all parameters |
 | lora | low-rank updates of all linear layers, rank 2 |
 | debug | low-rank updates of rank 1, 30 steps |
+
+From Python's standard library to Tiny Shakespeare, in bytes. The first run:
+  python train.py --config=configs/gpt_char.py --workdir=runs/base \\
+    --config.data.level=bytes --config.training.steps=1500
+It ends at 1.734 nats per byte of its own text. Then, with
+--config.init.path=runs/base and --config.optimizer.learning_rate=RATE, nats per
+byte of the last tenth of Shakespeare before and after 1,000 steps:
+
+| trained | parameters | before | after, by rate |
+|---|---|---|---|
+| all | 834,304 | 2.818 | 1.795 at 4e-3, 1.823 at 2e-3, 1.868 at 1e-3 |
+| lora | 16,384 (1.93%) | 2.818 | 2.047 at 1e-2, 2.065 at 2e-2, 2.798 at 4e-2 |
+
+So low-rank updates end 14% above the training of all parameters: this small
+model knows code only, and 2% of it hold little of another language. Tried
+without reaching 3%:
+
+- a model twice as wide (--config.model.model_size=256, at 3e-3): all 1.886 at
+  2e-3; rank 3, 49,152 parameters (1.49%), 2.071 at 5e-3, 10% above;
+- fewer steps: after 300, 9% (2.123 and 1.944, on 30,000 held-out bytes, as all
+  of the following);
+- other layers with as many parameters: contract or expand alone, rank 6, 2.166;
+  qkv and linear, rank 5, 2.185; qkv, rank 8, 2.228; linear, rank 16, 2.236;
+- other scales: alpha 4 at 2e-2, 8 at 1e-2, 32 at 5e-3 and 64 at 3e-3, 2.120 to
+  2.124;
+- biases and norms as well (2.74%), 2.110; embeddings and positions (6.74%),
+  2.069. Training all but these reaches 1.949: they are not what is missing.
+
+Rank 8 (7.28%) comes within 4%, 2.019: the rank is, and 2% of the parameters buy
+more of it in a wider model. One run each. Measured on 2026-11-26, two shared
+cores of an AMD EPYC, JAX 0.10.2, Python 3.11.
 """
 
 import ml_collections
