@@ -88,8 +88,8 @@ def ours(model, params, prompt, new):
   @jax.jit
   def decode(params, prompt):
     def step(tokens, cache):
-      logits, cache = model.apply(params, tokens, cache=cache)
-      return logits[:, -1], cache
+      logits, cache = model.apply(params, tokens, cache=cache, num_logits=1)
+      return logits[:, 0], cache
 
     cache = Cache.create(PROMPT + new - 1)
     return decoding.greedy(step, cache, prompt, new)

@@ -105,21 +105,24 @@ def speculative(
     rewinding.check_spare('draft_cache', draft_cache, num_draft)
 
   def propose(carry, rng):
-    token, draft_cache = carry
-    logits, draft_cache = draft(token[:, None], draft_cache)
+    inputs, draft_cache = carry
+    logits, draft_cache = draft(inputs, draft_cache)
     guess = distributions(logits[:, -1])
     token = _draw(rng, guess)
-    return (token, draft_cache), (token, guess)
+    return (token[:, None], draft_cache), (token, guess)
 
   def advance(carry):
-    count, calls, tokens, token, (cache, draft_cache), is_done = carry
-    rngs = jax.random.split(jax.random.fold_in(rng, count), num_draft + 2)
-    # One more than needed: its input, the last proposal, must be in the cache.
-    (_, draft_cache), (proposed, guesses) = lax.scan(
-      propose, (token, draft_cache), rngs[1:]
+    count, calls, tokens, last, (cache, draft_cache), is_done = carry
+    rngs = jax.random.split(jax.random.fold_in(rng, count), num_draft + 1)
+    # The draft never reads its own last proposal. If that was accepted, it is
+    # the first of the two tokens that it reads now; otherwise that is in the
+    # place where it has read another.
+    carry, first = propose((last, draft_cache), rngs[1])
+    (_, draft_cache), others = lax.scan(propose, carry, rngs[2:])
+    proposed, guesses = jax.tree.map(
+      lambda x, xs: jnp.concatenate([x[None], xs]).swapaxes(0, 1), first, others
     )
-    proposed, guesses = proposed[:-1].T, guesses[:-1].swapaxes(0, 1)
-    inputs = jnp.concatenate([token[:, None], proposed], axis=1)
+    inputs = jnp.concatenate([last[:, 1:], proposed], axis=1)
     logits, cache = step(inputs, cache)
     accepted, token = _accept(
       rngs[0], proposed, guesses, distributions(logits), is_done
@@ -131,7 +134,10 @@ def speculative(
     surplus = num_draft - accepted
     caches = rewind(cache, surplus), rewind(draft_cache, surplus)
     is_done = is_done | is_end.any(-1)
-    return count + accepted + 1, calls + 1, tokens, token, caches, is_done
+    known = jnp.concatenate([inputs, token[:, None]], axis=1)
+    before = lax.dynamic_index_in_dim(known, accepted, 1, keepdims=False)
+    last = jnp.stack([before, token], axis=1)
+    return count + accepted + 1, calls + 1, tokens, last, caches, is_done
 
   def is_unfinished(carry):
     count, *_, is_done = carry
@@ -141,11 +147,13 @@ def speculative(
   tokens = jnp.zeros((len(prompt), num_tokens + num_draft), jnp.int32)
   tokens = tokens.at[:, 0].set(token)
   is_done = jnp.broadcast_to(is_any(token, ends), token.shape)
-  caches = cache, draft_cache
-  carry = jnp.int32(1), jnp.int32(0), tokens, token, caches, is_done
-  count, calls, tokens, _, caches, _ = lax.while_loop(
+  last = jnp.stack([prompt[:, -1], token], axis=1)
+  caches = cache, rewind(draft_cache, 1)
+  carry = jnp.int32(1), jnp.int32(0), tokens, last, caches, is_done
+  count, calls, tokens, last, caches, _ = lax.while_loop(
     is_unfinished, advance, carry
   )
+  written = jnp.concatenate([prompt[:, -1:], tokens], axis=1)
   tokens = tokens[:, :num_tokens]
   if len(ends):
     is_end = is_any(tokens, ends)
@@ -155,7 +163,11 @@ def speculative(
   if not with_cache:
     return tokens, accepted
   surplus = jnp.maximum(count - num_tokens, 0)
-  return tokens, accepted, tuple(rewind(x, surplus) for x in caches)
+  cache, draft_cache = (rewind(x, surplus) for x in caches)
+  # The draft has not read the token before the last.
+  at = jnp.minimum(count, num_tokens) - 1
+  missing = lax.dynamic_slice_in_dim(written, at, 1, axis=1)
+  return tokens, accepted, (cache, draft(missing, draft_cache)[1])
 
 
 def _accept(rng, proposed, guesses, truth, is_done):
