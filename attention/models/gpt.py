@@ -98,9 +98,9 @@ class GPT(Transformer):
     causal = Mask.causal()
     layers, after = list(cache or ()), []
 
-    def block(layer, x):
+    def block(name, layer, x):
       module = self.block(
-        f'block_{layer}',
+        name,
         layer,
         w_init=init,
         output_w_init=residual_init,

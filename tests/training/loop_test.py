@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from attention import __main__ as cli
-from attention.interop import gpt2
+from attention.interop import transformers
 from attention.training import loop, tasks, trained
 from attention.training.optimization import optimizers, step
 from attention.training.tasks.language import Language
@@ -253,8 +253,9 @@ def test_sample_continues_the_prompt(ended, capsys):
 
 def test_a_model_can_be_saved_as_gpt2(ended, tmp_path):
   task, params = trained.load(ended)
-  gpt2.save(tmp_path, task.model_fields, params)
-  fields, again = gpt2.load(tmp_path)
+  transformers.save(tmp_path, task.model_fields, params)
+  fields, again = transformers.load(tmp_path)
+  assert fields.pop('model') == 'gpt'
   assert fields.items() <= task.model_fields.items()
   jax.tree.map(np.testing.assert_array_equal, params, again)
 

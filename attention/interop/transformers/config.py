@@ -9,6 +9,7 @@ _INERT = {
   '_attn_implementation',
   '_attn_implementation_autoset',
   'attention_dropout',
+  'attn_implementation',
   'attn_pdrop',
   'embd_pdrop',
   'experts_per_token',

@@ -82,7 +82,7 @@ class _Llama:
   with_bias: bool = False  # of query, key and value
   with_output_bias: bool | None = None  # of attention's output; None: with_bias
   has_bias_key: bool = True  # attention_bias overrides with_bias
-  with_feed_forward_bias: bool = False  # read from mlp_bias
+  has_mlp_bias_key: bool = False  # for biases of feed-forward layers
   with_qk_norm: bool = False
   is_gemma: bool = False  # its norms, activation, embeddings and scale
   with_tied_output: bool = False  # unless the config says so
@@ -102,25 +102,6 @@ class _Llama:
     fields = {
       ours: config.count(theirs) for ours, theirs in _LLAMA_SIZES.items()
     }
-    heads = fields['num_heads']
-    size = config.count('head_dim', self.head_size)
-    size = size or fields['model_size'] // heads
-    act = 'hidden_activation' if self.is_gemma else 'hidden_act'
-    if self.is_gemma:
-      config.get('hidden_act')  # an older name, not in use
-    known = _GELUS[::-1] if self.is_gemma else ('silu',)
-    config.choice(act, known, known[0])
-    bias = self.with_bias
-    if self.has_bias_key:
-      bias = config.flag('attention_bias', bias)
-    output = bias if self.with_output_bias is None else self.with_output_bias
-    attention = {
-      'num_kv_heads': config.count('num_key_value_heads', self.num_kv_heads)
-      or heads,
-      'key_size': size,
-      'with_bias': bias,
-      'with_output_bias': output,
-    }
     fields |= {
       'context_size': config.count(
         'max_position_embeddings', self.context_size
@@ -129,41 +110,68 @@ class _Llama:
         'tie_word_embeddings', self.with_tied_output
       ),
       'positions': 'rotary',
-      'norm_kind': 'zero_centred_rms' if self.is_gemma else 'rms',
+      'norm_kind': 'rms',
       'norm_epsilon': config.number('rms_norm_eps', self.epsilon),
-      'activation': 'geglu' if self.is_gemma else 'swiglu',
+      'activation': 'swiglu',
       'with_feed_forward_bias': config.flag('mlp_bias', False)
-      if self.with_feed_forward_bias
+      if self.has_mlp_bias_key
       else False,
       'fused_qkv': False,
-      'attention': attention,
+      'attention': self._attention(config, fields),
     }
-    if self.with_qk_norm:
-      attention['with_qk_norm'] = True
     if self.is_gemma:
-      fields |= {'norm': 'both', 'with_scaled_embeddings': True}
-      scalar = config.number('query_pre_attn_scalar', 256)
-      attention['scale'] = scalar**-0.5
-      if config.get('use_bidirectional_attention', False):
-        raise config.error('use_bidirectional_attention', 'false', True)
-    for key, part, name, default in (
-      ('attn_logit_softcapping', attention, 'logit_cap', self.caps[0]),
-      ('final_logit_softcapping', fields, 'output_logit_cap', self.caps[1]),
-    ):
-      if self.is_gemma and (cap := config.number(key, default)):
-        part[name] = cap
+      self._add_gemma(config, fields)
+    else:
+      config.choice('hidden_act', ('silu',), 'silu')
     if self.has_window:
       fields |= self._windows(config, fields['num_layers'])
     self._rotary(config, fields)
     return fields
+
+  def _attention(self, config, fields):
+    heads = fields['num_heads']
+    size = config.count('head_dim', self.head_size)
+    bias = self.with_bias
+    if self.has_bias_key:
+      bias = config.flag('attention_bias', bias)
+    output = bias if self.with_output_bias is None else self.with_output_bias
+    return {
+      'num_kv_heads': config.count('num_key_value_heads', self.num_kv_heads)
+      or heads,
+      'key_size': size or fields['model_size'] // heads,
+      'with_bias': bias,
+      'with_output_bias': output,
+      **({'with_qk_norm': True} if self.with_qk_norm else {}),
+    }
+
+  def _add_gemma(self, config, fields):
+    fields |= {
+      'norm': 'both',
+      'norm_kind': 'zero_centred_rms',
+      'activation': 'geglu',
+      'with_scaled_embeddings': True,
+    }
+    config.choice('hidden_activation', _GELUS, _GELUS[1])
+    config.get('hidden_act')  # an older name, not in use
+    config.choice('use_bidirectional_attention', (False,), False)
+    attention = fields['attention']
+    attention['scale'] = config.number('query_pre_attn_scalar', 256) ** -0.5
+    for key, part, name, default in (
+      ('attn_logit_softcapping', attention, 'logit_cap', self.caps[0]),
+      ('final_logit_softcapping', fields, 'output_logit_cap', self.caps[1]),
+    ):
+      # Here null is no cap, rather than the default.
+      cap = config.number(key) if config.has(key) else default
+      if cap is not None:
+        part[name] = cap
 
   def _windows(self, config, num_layers):
     window = self.window
     if config.has('sliding_window'):
       window = config.count('sliding_window')
     types = config.get('layer_types')
-    period = config.get('sliding_window_pattern')
-    period = config.get('_sliding_window_pattern', period)
+    period = config.count('sliding_window_pattern')
+    period = config.count('_sliding_window_pattern', period)
     first = config.get('max_window_layers', 28)
     if type(first) is not int or first < 0:
       raise config.error('max_window_layers', 'an integer, 0 or more', first)
@@ -175,8 +183,8 @@ class _Llama:
       pattern = 'f' * min(first, num_layers) + 'w' * (num_layers - first)
     else:
       pattern = self.pattern
-      if period is not None and 'attn' not in str(period):
-        pattern = 'w' * (int(period) - 1) + 'f'
+      if period is not None:
+        pattern = 'w' * (period - 1) + 'f'
     if types is not None:
       letters = {'sliding_attention': 'w', 'full_attention': 'f'}
       if len(types) != num_layers or set(types) - letters.keys():
@@ -218,7 +226,7 @@ class _Llama:
     }
     if self.has_bias_key:
       config['attention_bias'] = attention['with_bias']
-    if self.with_feed_forward_bias:
+    if self.has_mlp_bias_key:
       config['mlp_bias'] = fields['with_feed_forward_bias']
     if self.is_gemma:
       config |= {
@@ -320,7 +328,7 @@ FAMILIES = (
   _family(
     'Llama',
     'llama',
-    _Llama(with_feed_forward_bias=True, context_size=2048),
+    _Llama(has_mlp_bias_key=True, context_size=2048),
   ),
   _family(
     'Mistral',

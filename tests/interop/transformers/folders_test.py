@@ -170,6 +170,17 @@ def test_what_is_not_computed_is_refused_by_name(folder, keys, message):
     transformers.load(folder)
 
 
+def test_null_caps_of_gemma_are_no_caps(tmp_path, published):
+  published.write_folder('gemma2', tmp_path)
+  keys = {'attn_logit_softcapping': None, 'final_logit_softcapping': 4.0}
+  _configure(tmp_path, **keys)
+  fields, params = transformers.load(tmp_path)
+  assert 'logit_cap' not in fields['attention']
+  assert fields['output_logit_cap'] == 4.0
+  transformers.save(tmp_path / 'new', fields, params)
+  assert transformers.load_fields(tmp_path / 'new') == fields
+
+
 def test_a_folder_without_weights_is_refused(folder):
   (folder / 'model.safetensors').unlink()
   with pytest.raises(FileNotFoundError, match='got none; convert weights'):
