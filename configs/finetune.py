@@ -42,7 +42,7 @@ more of it in a wider model.
 To a text that is nearer: the first run on the first 560,000 bytes of Tiny
 Shakespeare (2,000 steps), then on the rest of it; before 2.004. All parameters,
 1,000 steps: 1.734 at 1e-3, 1.725 at 2e-3. Lora: 1.786 at 5e-3, 1.789 at 1e-2,
-and 1.786 after 2,000 steps at 5e-3: 3.0% above the one and 3.5% above the other.
+and 1.786 after 2,000 steps at 5e-3: 3.0% above the one, 3.5% above the other.
 
 One run each. Measured on 2026-11-26, two shared
 cores of an AMD EPYC, JAX 0.10.2, Python 3.11.
