@@ -159,11 +159,7 @@ class _Joined:
     self._part = part
     where, array = part[0]
     self.dtype = np.dtype(array.dtype)
-    self.shape = np.shape(array)
-    if where.is_transposed:
-      self.shape = self.shape[::-1]
-    if where.column is not None:
-      self.shape = (*self.shape[:-1], 2 * self.shape[-1])
+    self.shape = where.tensor_shape(np.shape(array))
 
   def array(self) -> np.ndarray:
     where, array = self._part[0]
@@ -177,13 +173,17 @@ class _Joined:
 
 
 def _use_halves(form):
-  """Pair channels as all architectures do; returns whether they were not."""
-  found = False
-  for part in ('attention', 'window_attention'):
-    rotary = (form[part] or {}).get('rotary')
-    if rotary is not None and rotary['pairs'] == 'adjacent':
-      rotary['pairs'], found = 'halves', True
-  return found
+  """Pair channels as all architectures do; returns whether none were so."""
+  found = [
+    form[part]['rotary']
+    for part in ('attention', 'window_attention')
+    if form[part] and form[part]['rotary']
+  ]
+  if not found or any(rotary['pairs'] != 'adjacent' for rotary in found):
+    return False
+  for rotary in found:
+    rotary['pairs'] = 'halves'
+  return True
 
 
 def _family_of(form):
@@ -251,12 +251,10 @@ def _known_key(fields, known):
 
 
 def _check(folder, weights, shapes, stored):
-  tensors = {}
-  for at, shape in shapes.items():
-    where = stored[at]
-    if where.column is not None:
-      shape = (*shape[:-1], 2 * shape[-1])
-    tensors[where.key] = shape[::-1] if where.is_transposed else shape
+  tensors = {
+    stored[at].key: stored[at].tensor_shape(shape)
+    for at, shape in shapes.items()
+  }
   wrong = differences(weights.shapes(), tensors)
   if wrong:
     raise ValueError(f'{folder}: {"; ".join(wrong)}')

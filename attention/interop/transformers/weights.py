@@ -35,6 +35,12 @@ class Stored:
       return (*stored[:-1], stored[-1] // 2)
     return stored[::-1] if self.is_transposed else stored
 
+  def tensor_shape(self, shape: tuple) -> tuple:
+    """The tensor's shape, from the array's."""
+    if self.column is not None:
+      return (*shape[:-1], 2 * shape[-1])
+    return shape[::-1] if self.is_transposed else shape
+
 
 class Weights:
   """The tensors of a folder, read on demand.
@@ -61,6 +67,7 @@ class Weights:
             f'{key}: expected once, got {origins[key]} and {path}'
           )
         origins[key], self._handles[key] = path, handle
+    self._names = {key: key for key in self._handles}  # in the files
 
   def __enter__(self):
     return self
@@ -70,11 +77,14 @@ class Weights:
 
   def rename(self, function) -> None:
     """Replace each key by function(key), or forget it where that is None."""
-    renamed = {function(k): handle for k, handle in self._handles.items()}
-    # safetensors knows the keys of the file.
-    self._names = {function(k): k for k in self._handles}
-    renamed.pop(None, None)
-    self._handles = renamed
+    names, handles = self._names, self._handles
+    self._names, self._handles = {}, {}
+    for key, handle in handles.items():
+      if (new := function(key)) is None:
+        continue
+      if new in self._names:
+        raise ValueError(f'{new}: expected once, got {self._names[new]} too')
+      self._names[new], self._handles[new] = names[key], handle
 
   def shapes(self) -> dict[str, tuple]:
     """The shape of each tensor, in the file's orientation."""

@@ -102,7 +102,6 @@ def test_devices_read_their_shares_only(folder):
 def test_parts_of_tensors_are_those_of_the_whole(folder):
   arrays = safetensors.load_file(folder / 'model.safetensors')
   with Weights(folder) as weights:
-    weights.rename(lambda key: key)
     for key, stored in {
       'model.layers.3.self_attn.q_proj.weight': Stored('', True),
       'model.embed_tokens.weight': Stored(''),
@@ -254,6 +253,15 @@ def test_adjacent_rotary_pairs_are_reordered(tmp_path, assert_close):
   assert loaded.pop('model') == 'gpt'
   assert loaded['attention']['rotary']['pairs'] == 'halves'
   assert_close(logits(loaded, again)[1], expected)
+
+
+def test_pairs_that_differ_between_layers_are_refused(tmp_path, published):
+  published.write_folder('gemma3', tmp_path)
+  fields, params = transformers.load(tmp_path)
+  fields['window_attention']['rotary']['pairs'] = 'adjacent'
+  with pytest.raises(ValueError, match=r'rotary\.pairs: .*got .adjacent'):
+    transformers.save(tmp_path / 'new', fields, params)
+  assert not (tmp_path / 'new').exists()
 
 
 def test_fused_projections_are_split(tmp_path, published):
