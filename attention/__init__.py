@@ -1,6 +1,7 @@
 """Attention in JAX and Haiku."""
 
 from attention.capture import capture
+from attention.edit import Edit, edit
 from attention.modules.gated import GatedAttention, GlobalAttention
 from attention.modules.multihead import MultiHeadAttention
 from attention.modules.transformer import TransformerBlock
@@ -20,6 +21,7 @@ from attention.ops.softmax import stable_softmax
 __all__ = [
   'Cache',
   'CrossCache',
+  'Edit',
   'GatedAttention',
   'GlobalAttention',
   'Mask',
@@ -30,6 +32,7 @@ __all__ = [
   'attention_weights',
   'capture',
   'dot_product_attention',
+  'edit',
   'explain',
   'relative_buckets',
   'rotary',

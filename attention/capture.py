@@ -1,22 +1,18 @@
-"""Capture attention patterns from any Haiku function, without changing it."""
-
-import fnmatch
+"""Capture what a Haiku function computes on the way, without changing it."""
 
 import haiku as hk
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from attention.ops.attention_weights import attention_weights
-
-# Patterns are returned as Haiku state of this name. Only state can leave
-# `hk.layer_stack` and `hk.remat`, and it carries the module paths.
-_STATE = 'captured_pattern'
+from attention import sites
 
 
 def capture(
   function,
   params,
   *args,
+  what='pattern',
   layers=None,
   heads=None,
   queries=None,
@@ -24,171 +20,125 @@ def capture(
   state=None,
   **kwargs,
 ):
-  """Run a Haiku function and return its output and attention patterns.
+  """Run a Haiku function and return its output and intermediate values.
 
-  Patterns are captured from `MultiHeadAttention`, `GatedAttention`,
-  `hk.MultiHeadAttention`, and any module that implements the methods `attend`
-  and `pattern` of `MultiHeadAttention`. They are recomputed from queries and
-  keys without dropout, independently of the implementation that ran. Only the
-  selected patterns are computed. Use `jax.jit` for large models.
+  `what` is one of these, or a tuple of them:
+
+  - 'pattern': attention weights [*b, h, q, k], float32. They are recomputed
+    from queries and keys without dropout, independently of the implementation
+    that ran. Rows sum to 1, or to less with sinks. Fully masked rows are 0,
+    except that `hk.MultiHeadAttention` gives them uniform weights.
+  - 'query' [*b, q, h, d], 'key' [*b, k, g, d] and 'value' [*b, k, g, e], as
+    they enter attention.
+  - 'weighted_value' [*b, q, h, e]: what each head computes.
+  - 'gate' [*b, q, h, e]: what scales it in gated attention.
+  - 'head_output' [*b, q, h, m]: each head's share of the module's output, after
+    the output projection. The shares and that projection's bias sum to the
+    output.
+  - 'block_input' and 'block_output' [*b, t, m]: the residual stream before and
+    after each `TransformerBlock` or Evoformer block. In the latter, the
+    alignment is at 'block/msa' and the pairs are at 'block/pair'.
+  - 'input' and 'output': the first argument and the (first) result of any
+    module, where they are arrays of two or more axes.
+
+  Attention is captured from `MultiHeadAttention`, `GatedAttention`,
+  `GlobalAttention`, `hk.MultiHeadAttention`, and any module that implements
+  `attend` and `pattern` of `MultiHeadAttention`; blocks and modules inside
+  `hk.layer_stack`, `hk.remat`, Haiku's loops and AlphaFold's own stack. Only
+  the selected values are computed. Use `jax.jit` for large models.
 
   Args:
     function: an argument or result of `hk.transform` or
       `hk.transform_with_state`.
     params: the parameters of the function.
     *args: positional arguments of the function.
+    what: one or more names from the list above.
     layers: one or more module paths, as in the result, where `*` is a wildcard,
       or their indices in the result; all by default.
-    heads: indices of the heads to return; all by default.
-    queries: positions of the queries to return; all by default.
+    heads: indices of the heads to return; all by default. They do not select
+      from keys and values.
+    queries: positions of the queries, or of the streams, to return; all by
+      default.
     rng: a `jax.random` key, if the function uses random numbers.
     state: the Haiku state of the function, if any.
     **kwargs: keyword arguments of the function.
 
   Returns:
-    (output, patterns): the output of the plain call, and a dict from module
-    path to float32 array [*b, heads, queries, k]. Patterns of a module in
-    `hk.layer_stack` have a leading layer axis. The second call of a module is
-    at 'path#1', and so on. Rows sum to 1, or to less with sinks. Fully masked
-    rows are 0, except that `hk.MultiHeadAttention` gives them uniform weights.
+    (output, values): the output of the plain call, and a dict from module path
+    to array, or, if `what` is a tuple, a dict of them by name. Values of a
+    module in a stack (`hk.layer_stack`, `EvoformerStack`) have a leading layer
+    axis. The second call of a module is at 'path#1', and so on.
 
   Raises:
-    ValueError: If a layer, head or query does not exist (the message lists
-      those that do), or if the function calls no attention.
+    ValueError: a kind, layer, head or query does not exist (the message lists
+      those that do), or the function has no such values.
   """
-  apply = _stateful_apply(function)
-
-  def run(recorder):
-    with hk.intercept_methods(recorder):
-      output, after = apply(params, state or {}, rng, *args, **kwargs)
-    return output, {
-      path + name.removeprefix(_STATE): leaf
-      for path, leaves in after.items()
-      for name, leaf in leaves.items()
-      if name.startswith(_STATE)
-    }
-
-  selected = None
-  if layers is not None:
-    available = []
-    jax.eval_shape(lambda: available.extend(run(_Recorder())[1]))
-    selected = _select_layers(layers, available)
-  recorder = _Recorder(selected, heads, queries)
-  output, patterns = run(recorder)
-  if not recorder.found_attention:
-    raise ValueError(
-      'function: expected at least one attention call, got none; capture '
-      'supports MultiHeadAttention, GatedAttention and hk.MultiHeadAttention'
-    )
-  if selected is not None:
-    patterns = {path: patterns[path] for path in selected}
-  return output, patterns
+  kinds = (what,) if isinstance(what, str) else tuple(what)
+  init, apply = sites.stateful(function)
+  selection = sites.Selection(heads, queries)
+  known = sites.discover(init, kinds, args, kwargs, selection)
+  chosen = {kind: _choose(layers, kind, known[kind]) for kind in kinds}
+  flat = [site for of_kind in chosen.values() for site in of_kind]
+  leaves = sites.leaves_of(known, flat)
+  for site in flat:
+    leaves[site.scope].update(_leaves(site))
+  output, _, after = sites.run(
+    _Recorder(flat, selection), apply, params, state, leaves, rng, args, kwargs
+  )
+  values = {
+    kind: {site.path: after[site.scope][f'site:{site.key}'] for site in of_kind}
+    for kind, of_kind in chosen.items()
+  }
+  return output, values[what] if isinstance(what, str) else values
 
 
-def _stateful_apply(function):
-  """(params, state, rng, *args, **kwargs) -> (output, state)."""
-  if isinstance(function, hk.TransformedWithState):
-    return function.apply
-  if isinstance(function, hk.Transformed):
-    # The apply of hk.transform raises on state, so transform it again.
-    function = getattr(function.apply, '_original_fn', None)
-    if function is None:
-      raise ValueError(
-        'function: expected the argument of hk.transform, got its result'
-      )
-  return hk.transform_with_state(function).apply
+def _choose(layers, kind, known):
+  sites.check_any(known, kind)
+  if layers is None:
+    return list(known.values())
+  found = set()
+  for layer in [layers] if isinstance(layers, str | int) else layers:
+    found.update(sites.find('layers', layer, list(known)))
+  return [site for path, site in known.items() if path in found]
 
 
-def _select_layers(layers, available):
-  """Resolve paths, wildcards or indices to paths in `available`."""
-  if not available:
-    return []
-  selected = []
-  for layer in [layers] if isinstance(layers, (str, int)) else layers:
-    if isinstance(layer, str):
-      exact = [path for path in available if path == layer]
-      found = exact or fnmatch.filter(available, layer)
-    else:
-      found = available[layer : layer + 1] if layer >= 0 else []
-    if not found:
-      known = ', '.join(f'{i}: {path}' for i, path in enumerate(available))
-      raise ValueError(f'layers: expected one of {known}, got {layer!r}')
-    selected += [path for path in found if path not in selected]
-  return [path for path in available if path in selected]
+def _leaves(site):
+  """State that a value replaces, or that AlphaFold's stack carries."""
+  is_float = jnp.issubdtype(site.value.dtype, jnp.floating)
+  empty = np.nan if is_float else 0
+  if site.stack and not site.is_carried:
+    return {f'site:{site.key}': np.zeros(site.stack, bool)}
+  shape = (*site.stack, *site.value.shape)
+  leaves = {f'site:{site.key}': jnp.full(shape, empty, site.value.dtype)}
+  if site.is_carried:
+    leaves[f'index:{site.key}'] = jnp.int32(0)
+  return leaves
 
 
-class _Recorder:
-  """An interceptor that stores each pattern in its module's state."""
+class _Recorder(sites.Visitor):
+  """Replaces the leaves of the chosen sites by their values."""
 
-  def __init__(self, selected=None, heads=None, queries=None):
-    self.found_attention = False
-    self._selected = selected
-    self._selection = {'heads': heads, 'queries': queries}
-    self._active = []  # active calls: (module, outputs of its linear layers)
+  def __init__(self, chosen, selection):
+    super().__init__(chosen)
+    self._selection = selection
 
-  def __call__(self, call, args, kwargs, context):
-    module, method = context.module, context.method_name
-    if isinstance(module, hk.Linear) and method == '__call__':
-      output = call(*args, **kwargs)
-      if self._active:
-        self._active[-1][1][module.name] = output
-      return output
-    if getattr(module, 'remat', False):
-      # Patterns cannot leave the rematerialised loops of such a module.
-      module.remat = False
-    is_haiku = isinstance(module, hk.MultiHeadAttention)
-    is_attention = (is_haiku and method == '__call__') or (
-      method == 'attend' and hasattr(module, 'pattern')
-    )
-    # A subclass may call its parent's method of the same name.
-    is_inner = any(module is outer for outer, _ in self._active)
-    if not is_attention or is_inner:
-      return call(*args, **kwargs)
+  def at(self, module, kind, *, is_part=False):
+    number = self.number(module, kind)
+    name = f'{kind}#{number}'
+    if number is None or sites.read(f'site:{name}') is None:
+      return None
 
-    self.found_attention = True
-    linears = {}
-    self._active.append((module, linears))
-    try:
-      output = call(*args, **kwargs)
-    finally:
-      self._active.pop()
-    if self._is_selected(module.module_name):
-      if is_haiku:
-        pattern = self._haiku_pattern(module, linears, *args, **kwargs)
-      else:
-        pattern = self._pattern(module, *args, **kwargs)
-      _store(pattern)
-    return output
+    def store(value):
+      chosen = self._selection.of(kind, value)
+      leaf = sites.read(f'site:{name}')
+      if self.carried:
+        index = sites.read(f'index:{name}')
+        hk.set_state(f'index:{name}', index + 1)
+        chosen = leaf.at[index % self.carried].set(chosen)
+      elif isinstance(leaf, jax.core.Tracer) and leaf.shape == chosen.shape:
+        chosen = chosen.astype(leaf.dtype)  # a loop may carry it
+      hk.set_state(f'site:{name}', chosen)
+      return value
 
-  def _is_selected(self, path):
-    """Match path suffixes: `hk.layer_stack` adds its prefix only later."""
-    return self._selected is None or any(
-      f'/{full.split("#")[0]}'.endswith(f'/{path}') for full in self._selected
-    )
-
-  def _pattern(self, module, query, key, value, *, is_training=False, **where):
-    del value, is_training
-    return module.pattern(query, key, **where, **self._selection)
-
-  def _haiku_pattern(self, module, linears, query, key, value, mask=None):
-    del query, key, value
-    split = [
-      x.reshape(*x.shape[:-1], module.num_heads, module.key_size)
-      for x in (linears['query'], linears['key'])
-    ]
-    if mask is not None:
-      mask = jnp.asarray(mask).astype(bool)
-    return attention_weights(*split, mask=mask, **self._selection)
-
-
-def _store(pattern):
-  """Store the pattern in the current module's state, under an unused name."""
-  name, number = _STATE, 0
-  while True:
-    try:
-      hk.get_state(name)
-    except ValueError:
-      break
-    number += 1
-    name = f'{_STATE}#{number}'
-  hk.set_state(name, pattern)
+    store.is_edit, store.selection = False, self._selection.of_pattern(kind)
+    return store

@@ -69,21 +69,25 @@ class GatedAttention(hk.Module):
       mask = _check_mask(
         'mask', mask, q_data.ndim + 1, '[*b, h or 1, q or 1, k]'
       )
-    batch = q_data.shape[:-2]
-    q_data, m_data = (x.reshape(-1, *x.shape[-2:]) for x in (q_data, m_data))
-
-    query = jnp.einsum('bqa,ahc->bqhc', q_data, weights['query_w'])
-    key = jnp.einsum('bka,ahc->bkhc', m_data, weights['key_w'])
-    value = jnp.einsum('bka,ahc->bkhc', m_data, weights['value_w'])
-    heads = (x.reshape(*batch, *x.shape[1:]) for x in (query, key, value))
-    values = self.attend(*heads, mask=mask, bias=bias)
-    values = values.reshape(-1, *values.shape[-3:])
+    query = _project(q_data, weights['query_w'])
+    key = _project(m_data, weights['key_w'])
+    value = _project(m_data, weights['value_w'])
+    values = self.attend(query, key, value, mask=mask, bias=bias)
     if self.gating:
-      gate = jnp.einsum('bqa,ahc->bqhc', q_data, weights['gating_w'])
-      values *= jax.nn.sigmoid(gate + weights['gating_b'])
-    output = jnp.einsum('bqhc,hco->bqo', values, weights['output_w'])
+      values *= self.gate(weights, q_data)
+    return self.project(weights, values)
+
+  def gate(self, weights: dict, q_data):
+    """Compute what scales the values of each head: [*b, q, h, c]."""
+    gate = _project(q_data, weights['gating_w'])
+    return jax.nn.sigmoid(gate + weights['gating_b'])
+
+  def project(self, weights: dict, values):
+    """Sum the outputs of all heads: [*b, q, h, c] → [*b, q, o]."""
+    flat = values.reshape(-1, *values.shape[-3:])
+    output = jnp.einsum('bqhc,hco->bqo', flat, weights['output_w'])
     output += weights['output_b']
-    return output.reshape(*batch, *output.shape[1:])
+    return output.reshape(*values.shape[:-2], -1)
 
   def attend(self, query, key, value, *, mask, bias):
     """Compute softmax(query keyᵀ / √c + bias) value.
@@ -172,13 +176,20 @@ class GlobalAttention(hk.Module):
       bias=None,
     )
     if self.gating:
-      gate = jnp.einsum('...qa,ahc->...qhc', q_data, weights['gating_w'])
-      values = values * jax.nn.sigmoid(gate + weights['gating_b'])
-    output = jnp.einsum('...qhc,hco->...qo', values, weights['output_w'])
-    return output + weights['output_b']
+      values = values * self.gate(weights, q_data)
+    return self.project(weights, values)
 
   attend = GatedAttention.attend
   pattern = GatedAttention.pattern
+  gate = GatedAttention.gate
+  project = GatedAttention.project
+
+
+def _project(x, weights):
+  """[*b, t, a] → [*b, t, h, c], with the leading axes flattened to one."""
+  flat = x.reshape(-1, *x.shape[-2:])
+  heads = jnp.einsum('bta,ahc->bthc', flat, weights)
+  return heads.reshape(*x.shape[:-1], *heads.shape[2:])
 
 
 def _masked_mean(x, mask):

@@ -12,6 +12,21 @@ from jax.tree_util import Partial
 from attention.ops.dropout import Dropout, check_rate
 
 
+class Stream(hk.Module):
+  """Marks where activations enter and leave a block; computes nothing.
+
+  `attention.capture` and `attention.edit` read and change them there.
+  """
+
+  def before(self, x):
+    """Returns the activations that enter."""
+    return x
+
+  def after(self, x):
+    """Returns the activations that leave."""
+    return x
+
+
 class Linear(hk.Linear):
   """`hk.Linear`, computed by `linear`."""
 

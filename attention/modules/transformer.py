@@ -7,7 +7,7 @@ import jax
 
 from attention.modules.experts import Experts
 from attention.modules.fields import check_choice
-from attention.modules.layers import NORMS, Linear, dropout
+from attention.modules.layers import NORMS, Linear, Stream, dropout
 from attention.modules.mixers import MIXERS
 from attention.modules.multihead import MultiHeadAttention
 
@@ -131,6 +131,8 @@ class TransformerBlock(hk.Module):
         )
       return MIXERS[self.mixer](w_init=self.w_init, name=self.mixer)(y)
 
+    stream = Stream(name='stream')
+    x = stream.before(x)
     x = self._add(x, self.mixer, mix, is_training)
     if context is not None or 'cross_attention' in cached:
       x = self._add(
@@ -142,6 +144,7 @@ class TransformerBlock(hk.Module):
         is_training,
       )
     x = self._add(x, 'feed_forward', self._feed_forward, is_training)
+    x = stream.after(x)
     return x if cache is None else (x, cached)
 
   @hk.transparent

@@ -34,8 +34,8 @@ def attention_weights(query, key, *, heads=None, queries=None, **arguments):
     ValueError: as `dot_product_attention`; a head or query is out of range.
   """
   query, key, _, options = check(query, key, key, **arguments)
-  heads = _select('heads', heads, query.shape[-2])
-  queries = _select('queries', queries, query.shape[-3])
+  heads = select('heads', heads, query.shape[-2])
+  queries = select('queries', queries, query.shape[-3])
   return _weights(query, key, options, heads, queries)
 
 
@@ -84,7 +84,19 @@ def _weights(query, key, options, heads, queries):
   return pattern.reshape(*batch, *pattern.shape[1:])
 
 
-def _select(name, numbers, count):
+def weighted_values(weights, value):
+  """[*b, h, q, k] and [*b, k, g, e] → [*b, q, h, e] float32."""
+  value = jnp.repeat(value, weights.shape[-3] // value.shape[-2], axis=-2)
+  value = value.astype(jnp.float32)
+  return jnp.einsum('...hqk,...khe->...qhe', weights, value)
+
+
+def select(name: str, numbers, count: int) -> np.ndarray:
+  """Indices below `count`; all of them for None.
+
+  Raises:
+    ValueError: not ints, or an index that does not exist.
+  """
   if numbers is None:
     return np.arange(count)
   chosen = np.atleast_1d(np.asarray(numbers))

@@ -18,7 +18,7 @@ from attention.ops.mapping import map_rows
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
-class _AxialAttention(hk.Module):
+class AxialAttention(hk.Module):
   """The base class of attention along either axis of [r, t, a]."""
 
   num_head: int = 8
@@ -83,7 +83,7 @@ class _AxialAttention(hk.Module):
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
-class MSARowAttentionWithPairBias(_AxialAttention):
+class MSARowAttentionWithPairBias(AxialAttention):
   """Attention along each row of the alignment (Suppl. Alg. 7).
 
   Parameters: `query_norm`, `feat_2d_norm`, `feat_2d_weights` (a, h),
@@ -118,7 +118,7 @@ class MSARowAttentionWithPairBias(_AxialAttention):
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
-class MSAColumnAttention(_AxialAttention):
+class MSAColumnAttention(AxialAttention):
   """Attention along each column of the alignment (Suppl. Alg. 8).
 
   Parameters: `query_norm`, `attention` (see `GatedAttention`).
@@ -134,7 +134,7 @@ class MSAColumnAttention(_AxialAttention):
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
-class MSAColumnGlobalAttention(_AxialAttention):
+class MSAColumnGlobalAttention(AxialAttention):
   """Global attention along each column of the alignment (Suppl. Alg. 19).
 
   Parameters: `query_norm`, `attention` (see `GlobalAttention`).
@@ -153,7 +153,7 @@ class MSAColumnGlobalAttention(_AxialAttention):
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
-class TriangleAttention(_AxialAttention):
+class TriangleAttention(AxialAttention):
   """Triangle attention around a node (Suppl. Alg. 13 and 14).
 
   Parameters: `query_norm`, `feat_2d_weights` (a, h), `attention` (see

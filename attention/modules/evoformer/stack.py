@@ -19,6 +19,7 @@ from attention.modules.evoformer.layers import (
   TriangleAttention,
   TriangleMultiplication,
 )
+from attention.modules.layers import Stream
 from attention.ops.dropout import check_rate
 
 
@@ -232,10 +233,12 @@ def update_in_turn(
     The updated `msa_act` and `pair_act`.
   """
   row, column, transition, outer, *pair_layers = layers
+  msa_stream, pair_stream = Stream(name='msa'), Stream(name='pair')
 
   def add(act, layer, *inputs):
     return act + drop(layer, layer(*inputs))
 
+  msa_act, pair_act = msa_stream.before(msa_act), pair_stream.before(pair_act)
   if outer_first:
     pair_act = add(pair_act, outer, msa_act, msa_mask)
   msa_act = add(msa_act, row, msa_act, msa_mask, pair_act)
@@ -245,7 +248,7 @@ def update_in_turn(
     pair_act = add(pair_act, outer, msa_act, msa_mask)
   for layer in pair_layers:
     pair_act = add(pair_act, layer, pair_act, pair_mask)
-  return msa_act, pair_act
+  return msa_stream.after(msa_act), pair_stream.after(pair_act)
 
 
 def drop_shared(rng, rate: float, axis: int | None, x):
