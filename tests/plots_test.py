@@ -265,8 +265,8 @@ document.body.append(before + ' then ' + at('status').textContent +
 def test_hovering_in_a_browser_shows_the_weights(tmp_path, side, keys):
   num_keys = len(keys or TOKENS)
   patterns = {
-    'first': _patterns(2, 5, num_keys),
-    'second': _patterns(2, 5, num_keys),
+    'first': _patterns(3, 5, num_keys),
+    'second': _patterns(3, 5, num_keys),
   }
   page = plots.viewer(patterns, TOKENS, keys, title='<b>&')
   assert not re.search(r'(src|href)=|https?://', page), 'needs a network'
