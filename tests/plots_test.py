@@ -1,6 +1,7 @@
 """Tests of the plots, and of the viewer in a browser."""
 
 import html
+import json
 import re
 import shutil
 import subprocess
@@ -288,6 +289,116 @@ def test_hovering_in_a_browser_shows_the_weights(tmp_path, side, keys):
   assert weights[2] == f'{num_keys}x5'
   assert '</script> (2) attends to' in shown
   assert re.search(r'\d then Hover over a token', shown), 'stale status'
+
+
+def _text(**changes):
+  fields = {
+    'label': 'plain',
+    'queries': TOKENS,
+    'patterns': {'a': _patterns(1, 3, 5, 5)},
+  }
+  return plots.Text(**fields | changes)
+
+
+_TEXTS = r"""
+const before = at('queries').innerHTML + at('lens').hidden + at('keys').hidden;
+at('text').value = 1; at('text').onchange();
+const mean = [...at('queries').querySelectorAll('i')].map(bar => bar.title);
+at('layer').value = 1; chooseLayer();
+at('head').value = 1; chooseHead();
+at('queries').children[2].dispatchEvent(new MouseEvent('mouseenter'));
+const bars = [...at('queries').querySelectorAll('i')];
+const cells = [...at('table').rows].map(row =>
+  [...row.cells].map(cell => cell.textContent));
+const cell = at('table').rows[1].cells[1], stop = cell.tabIndex;
+cell.focus();
+for (const key of ['ArrowRight', 'ArrowDown', 'ArrowDown', 'ArrowUp'])
+  document.activeElement.dispatchEvent(
+    new KeyboardEvent('keydown', {key, bubbles: true}));
+const result = {
+  mean, stop, cells,
+  hidden: [at('text').parentElement.hidden, at('lens').hidden,
+    at('keys').hidden, at('direction').parentElement.hidden],
+  status: at('status').textContent,
+  norms: bars.map(bar => bar.title),
+  heights: bars.map(bar => +bar.style.getPropertyValue('--norm')),
+  shown: bars.map(bar => getComputedStyle(bar).display),
+  guesses: at('guesses').textContent,
+  title: document.activeElement.title,
+  shade: document.activeElement.style.background,
+  stops: [...at('table').querySelectorAll('[tabindex="0"]')].map(
+    cell => cell.textContent),
+};
+at('text').value = 0; at('text').onchange();
+result.again = before ===
+  at('queries').innerHTML + at('lens').hidden + at('keys').hidden;
+result.bars = getComputedStyle(at('queries').querySelector('i')).display;
+document.body.append('result ' + JSON.stringify(result) + ' end');
+"""
+
+
+def test_a_page_of_texts_has_norms_and_a_logit_lens(tmp_path):
+  norms = 7 * RNG.random((2, 1, 3, 5))
+  guesses = [[(token, 0.75), ('</b>', 0.125)] for token in reversed(TOKENS)]
+  other = _text(
+    label='</script>',
+    keys='xyz',
+    patterns={'stack': _patterns(2, 1, 3, 5, 3)},
+    head_norms={'stack': norms},
+    lens=[('first', guesses), ('</script>', guesses[::-1])],
+  )
+  page = plots.viewer_of_texts([_text(), other], title='<b>&')
+  assert not re.search(r'(src|href)=|https?://', page), 'needs a network'
+  shown = html.unescape(_browse(page, _TEXTS, tmp_path))
+  result = re.search(r'result ({.*}) end', shown, re.DOTALL)
+  assert result, shown[-2000:]
+  result = json.loads(result[1])
+  assert result['hidden'] == [False, False, False, True]
+  for name, expected in (
+    ('mean', norms[0, 0].mean(0)),
+    ('norms', norms[1, 0, 1]),
+  ):
+    found = [float(title.split(': ')[1]) for title in result[name]]
+    np.testing.assert_allclose(found, expected, rtol=6e-3)
+  np.testing.assert_allclose(
+    result['heights'], norms[1, 0, 1] / norms[1, 0, 1].max(), atol=1e-3
+  )
+  assert result['shown'] == ['block'] * 5
+  assert '</script> (2) attends to' in result['status']
+  assert result['status'].endswith('the output ' + result['norms'][2][20:])
+  labels = ['a', '␣', '</script>', '$x$', '⏎']
+  assert result['cells'] == [
+    ['', *labels],
+    ['first', *reversed(labels)],
+    ['</script>', *labels],
+  ]
+  # Right, down, not farther down, and up.
+  assert result['guesses'] == 'first, ␣ (1): $x$ 0.750, </b> 0.125'
+  assert result['title'] == '$x$ 0.750\n</b> 0.125'
+  shade = float(result['shade'].split('/ ')[1].rstrip(')'))
+  np.testing.assert_allclose(shade, 0.7 * 0.75)
+  assert (result['stop'], result['stops']) == (0, ['$x$'])
+  assert result['again'] and result['bars'] == 'none'
+
+
+def test_texts_that_do_not_match_raise():
+  guesses = [[('a', 0.5)]] * 5
+  for changes, message in (
+    ({'queries': 'ab'}, 'a: expected a pattern of 2 queries'),
+    ({'head_norms': {'b': np.ones((1, 3, 5))}}, "paths of patterns, got 'b'"),
+    (
+      {'head_norms': {'a': np.ones((3, 5))}},
+      r"= \(1, 3, 5\) at 'a' in 'plain', got \(3, 5\)",
+    ),
+    ({'head_norms': {'a': np.full((1, 3, 5), np.nan)}}, 'finite numbers from'),
+    ({'lens': [('x', guesses[1:])]}, "5 positions at 'x' in 'plain', got 4"),
+    ({'lens': [('x', [*guesses[1:], []])]}, r"at 'x' in 'plain', got \[\]"),
+    ({'lens': [('x', [[('a', 7)]] * 5)]}, r"got \[\('a', 7\)\]"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      plots.viewer_of_texts([_text(**changes)])
+  with pytest.raises(ValueError, match='texts: expected at least one, got'):
+    plots.viewer_of_texts([])
 
 
 def test_a_contact_map_counts_right_wrong_and_unknown_pairs(tmp_path):

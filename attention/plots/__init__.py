@@ -4,10 +4,11 @@ from attention.plots.contacts import contact_map
 from attention.plots.patterns import DPI, flow, pattern, pattern_grid, rows
 from attention.plots.runs import confusion_matrix, loss_curve
 from attention.plots.scores import attribution, head_scores, sweep
-from attention.plots.viewer import viewer
+from attention.plots.viewer import Text, viewer, viewer_of_texts
 
 __all__ = [
   'DPI',
+  'Text',
   'attribution',
   'confusion_matrix',
   'contact_map',
@@ -19,4 +20,5 @@ __all__ = [
   'rows',
   'sweep',
   'viewer',
+  'viewer_of_texts',
 ]
