@@ -130,7 +130,7 @@ def pattern(
   axes.set_yticks(range(len(down)), down, **style)
   axes.set(ylabel=names[0], xlabel=names[1])
   figure.colorbar(image, label='weight')
-  _add_title(figure, title)
+  add_title(figure, title)
   return figure
 
 
@@ -166,7 +166,7 @@ def flow(weights, queries=None, keys=None, *, title='') -> Figure:
   axes.text(0, -0.04, 'key', va='top', ha='right', color='0.5')
   axes.set(xlim=(0, 1), ylim=(-0.12, 1.12))
   axes.axis('off')
-  _add_title(figure, title)
+  add_title(figure, title)
   return figure
 
 
@@ -200,7 +200,7 @@ def _label_panel(axes, weights, labels, column, is_lowest):
       axis.set_major_locator(MaxNLocator(4, integer=True))
 
 
-def _add_title(figure, title):
+def add_title(figure, title):
   if title:
     # Wrap, because a path may be wider than a small figure.
     figure.suptitle(title, fontsize=9, wrap=True, parse_math=False)
