@@ -1,5 +1,10 @@
-"""What trained models do: scores of attention patterns."""
+"""What trained models do: scores of attention patterns, shares of logits."""
 
+from attention.analysis.attribution import (
+  FinalNorm,
+  direct_attribution,
+  logit_lens,
+)
 from attention.analysis.scores import (
   duplicate_token,
   entropy,
@@ -10,10 +15,13 @@ from attention.analysis.scores import (
 )
 
 __all__ = [
+  'FinalNorm',
+  'direct_attribution',
   'duplicate_token',
   'entropy',
   'first_token',
   'induction',
+  'logit_lens',
   'previous_token',
   'rollout',
 ]
