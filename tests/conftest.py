@@ -1,6 +1,7 @@
 """Fixtures and settings of all tests."""
 
 import contextlib
+import importlib.util
 import os
 import pathlib
 import shutil
@@ -87,6 +88,16 @@ def arrays():
     return [jnp.asarray(rng.normal(size=s), jnp.dtype(dtype)) for s in shapes]
 
   return make
+
+
+@pytest.fixture(scope='session')
+def numpy_gpt():
+  """numpy_gpt(params, tokens, num_heads=…): a GPT in NumPy, all it computes."""
+  path = pathlib.Path(__file__).with_name('numpy_gpt.py')
+  spec = importlib.util.spec_from_file_location(path.stem, path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.run
 
 
 @pytest.fixture
