@@ -77,7 +77,7 @@ def capture(
   init, apply = sites.stateful(function)
   selection = sites.Selection(heads, queries)
   known = sites.discover(init, kinds, args, kwargs, selection)
-  chosen = {kind: _choose(layers, kind, known[kind]) for kind in kinds}
+  chosen = {kind: sites.choose(layers, kind, known[kind]) for kind in kinds}
   flat = [site for of_kind in chosen.values() for site in of_kind]
   leaves = sites.leaves_of(known, flat)
   for site in flat:
@@ -90,16 +90,6 @@ def capture(
     for kind, of_kind in chosen.items()
   }
   return output, values[what] if isinstance(what, str) else values
-
-
-def _choose(layers, kind, known):
-  sites.check_any(known, kind)
-  if layers is None:
-    return list(known.values())
-  found = set()
-  for layer in [layers] if isinstance(layers, str | int) else layers:
-    found.update(sites.find('layers', layer, list(known)))
-  return [site for path, site in known.items() if path in found]
 
 
 def _leaves(site):

@@ -475,6 +475,21 @@ def check_any(known: dict[str, Site], kind: str) -> None:
   )
 
 
+def choose(layers, kind: str, known: dict[str, Site]) -> list[Site]:
+  """The sites of the given layers: paths, wildcards, indices, or None for all.
+
+  Raises:
+    ValueError: there are none; the message lists those there are.
+  """
+  check_any(known, kind)
+  if layers is None:
+    return list(known.values())
+  found = set()
+  for layer in [layers] if isinstance(layers, str | int) else layers:
+    found.update(find('layers', layer, list(known)))
+  return [site for path, site in known.items() if path in found]
+
+
 def leaves_of(sites: dict[str, dict[str, Site]], chosen) -> dict:
   """State that lets a `Visitor` count the calls of the chosen sites."""
   state = collections.defaultdict(dict)

@@ -14,12 +14,15 @@ _FLOORS = {
   'modules': 1,
   'decoding': 1,
   'models': 2,
-  'capture': 2,
+  'sites': 2,
+  'capture': 3,
+  'edit': 3,
+  'analysis': 4,
   'interop': 3,
   'plots': 3,
-  'training': 4,
-  'commands': 5,
-  '__main__': 6,
+  'training': 5,
+  'commands': 6,
+  '__main__': 7,
 }
 _SOURCES = sorted((_ROOT / 'attention').rglob('*.py'))
 
