@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attention import sites
+from attention.edit import Editor
 
 
 def capture(
@@ -16,6 +17,7 @@ def capture(
   layers=None,
   heads=None,
   queries=None,
+  edits=None,
   rng=None,
   state=None,
   **kwargs,
@@ -59,15 +61,17 @@ def capture(
       from keys and values.
     queries: positions of the queries, or of the streams, to return; all by
       default.
+    edits: as in `attention.edit`, made before values are captured: a replaced
+      pattern is captured as it was replaced.
     rng: a `jax.random` key, if the function uses random numbers.
     state: the Haiku state of the function, if any.
     **kwargs: keyword arguments of the function.
 
   Returns:
-    (output, values): the output of the plain call, and a dict from module path
-    to array, or, if `what` is a tuple, a dict of them by name. Values of a
-    module in a stack (`hk.layer_stack`, `EvoformerStack`) have a leading layer
-    axis. The second call of a module is at 'path#1', and so on.
+    (output, values): the output of the plain (or edited) call, and a dict from
+    module path to array, or, if `what` is a tuple, a dict of them by name.
+    Values of a module in a stack (`hk.layer_stack`, `EvoformerStack`) have a
+    leading layer axis. The second call of a module is at 'path#1', and so on.
 
   Raises:
     ValueError: a kind, layer, head or query does not exist (the message lists
@@ -79,11 +83,17 @@ def capture(
   known = sites.discover(init, kinds, args, kwargs, selection)
   chosen = {kind: sites.choose(layers, kind, known[kind]) for kind in kinds}
   flat = [site for of_kind in chosen.values() for site in of_kind]
+  visitors = [_Recorder(flat, selection)]
   leaves = sites.leaves_of(known, flat)
   for site in flat:
     leaves[site.scope].update(_leaves(site))
+  if edits:
+    editor = Editor.create(init, edits, args, kwargs)
+    visitors.insert(0, editor)
+    for scope, more in editor.leaves.items():
+      leaves[scope].update(more)
   output, _, after = sites.run(
-    _Recorder(flat, selection), apply, params, state, leaves, rng, args, kwargs
+    visitors, apply, params, state, leaves, rng, args, kwargs
   )
   values = {
     kind: {site.path: after[site.scope][f'site:{site.key}'] for site in of_kind}
@@ -130,5 +140,4 @@ class _Recorder(sites.Visitor):
       hk.set_state(f'site:{name}', chosen)
       return value
 
-    store.is_edit, store.selection = False, self._selection.of_pattern(kind)
-    return store
+    return sites.Visit(store, selection=self._selection.of_pattern(kind))

@@ -1,7 +1,7 @@
 """Change what a Haiku function computes on the way."""
 
 import dataclasses
-from collections.abc import Callable
+import functools
 from typing import Any
 
 import haiku as hk
@@ -64,23 +64,9 @@ def edit(function, params, edits, *args, rng=None, state=None, **kwargs):
       those that do), or a new value does not broadcast to the old one.
   """
   init, apply = sites.stateful(function)
-  edits = [
-    (path, one)
-    for path, given in edits.items()
-    for one in (given if isinstance(given, list | tuple) else [given])
-  ]
-  kinds = tuple(dict.fromkeys(one.what for _, one in edits))
-  known = sites.discover(init, kinds, args, kwargs) if kinds else {}
-  placed = [
-    change
-    for path, one in edits
-    for change in _place(path, one, known[one.what])
-  ]
-  leaves = sites.leaves_of(known, [change.site for change in placed])
-  for number, change in enumerate(placed):
-    leaves[change.site.scope].update(change.leaves(number))
+  editor = Editor.create(init, edits, args, kwargs)
   output, own, _ = sites.run(
-    _Editor(placed), apply, params, state, leaves, rng, args, kwargs
+    [editor], apply, params, state, editor.leaves, rng, args, kwargs
   )
   if isinstance(function, hk.TransformedWithState):
     return output, own
@@ -197,12 +183,48 @@ def _mask(name: str, numbers, count: int):
   return (numbers.reshape(-1, 1) == np.arange(count)).any(0)
 
 
-class _Editor(sites.Visitor):
-  """Changes the values of sites."""
+class Editor(sites.Visitor):
+  """Changes the values of sites.
 
-  def __init__(self, placed: list[_Change]):
+  Attributes:
+    leaves: state that the function is to be given.
+  """
+
+  @classmethod
+  def create(cls, init, edits: dict, args, kwargs) -> 'Editor':
+    """The edits of `edit`, checked against a call of the function.
+
+    Args:
+      init: of `hk.transform_with_state`.
+      edits: as in `edit`.
+      args: positional arguments of the function.
+      kwargs: keyword arguments of the function.
+
+    Raises:
+      ValueError: as `edit`.
+    """
+    listed = [
+      (path, one)
+      for path, given in edits.items()
+      for one in (given if isinstance(given, list | tuple) else [given])
+    ]
+    kinds = tuple(dict.fromkeys(one.what for _, one in listed))
+    known = sites.discover(init, kinds, args, kwargs) if kinds else {}
+    return cls(
+      known,
+      [
+        change
+        for path, one in listed
+        for change in _place(path, one, known[one.what])
+      ],
+    )
+
+  def __init__(self, known, placed: list[_Change]):
     super().__init__(change.site for change in placed)
     self._placed = placed
+    self.leaves = sites.leaves_of(known, [change.site for change in placed])
+    for number, change in enumerate(placed):
+      self.leaves[change.site.scope].update(change.leaves(number))
 
   def at(self, module, kind, *, is_part=False):
     call = self.number(module, kind)
@@ -224,34 +246,31 @@ class _Editor(sites.Visitor):
         chosen = chosen[layer % self.carried]
         new = new[layer % self.carried] if change.is_by_layer else new
       found.append((chosen, new, change.where()))
-    return _Edited(found) if found else None
+    if not found:
+      return None
+    return sites.Visit(
+      functools.partial(_apply, found), is_edit=True, is_active=_is_any(found)
+    )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Edited:
-  """Applies changes (whether, new value, where) to a value."""
+def _is_any(changes):
+  """Whether any change is made; an array if JAX traces the choice."""
+  made = [
+    chosen if where is None else chosen & where.any()
+    for chosen, _, where in changes
+  ]
+  if any(isinstance(one, jax.core.Tracer) for one in made):
+    return jnp.stack([jnp.asarray(one) for one in made]).any()
+  return any(bool(one) for one in made)
 
-  changes: list[tuple[Any, Any, Any]]
-  is_edit = True
-  selection: dict = dataclasses.field(default_factory=dict)
 
-  @property
-  def is_active(self):
-    """Whether anything changes; an array if JAX traces the choice."""
-    active = [
-      chosen if where is None else chosen & where.any()
-      for chosen, _, where in self.changes
-    ]
-    if any(isinstance(one, jax.core.Tracer) for one in active):
-      return jnp.stack([jnp.asarray(one) for one in active]).any()
-    return any(bool(one) for one in active)
-
-  def __call__(self, value):
-    for chosen, new, where in self.changes:
-      new = new(value) if isinstance(new, Callable) else new
-      new = jnp.broadcast_to(jnp.asarray(new, value.dtype), value.shape)
-      chosen = chosen if where is None else chosen & where
-      if isinstance(chosen, jax.core.Tracer) or not np.all(chosen):
-        new = jnp.where(chosen, new, value)
-      value = new
-    return value
+def _apply(changes, value):
+  """Make changes (whether, new value, where), in order."""
+  for chosen, new, where in changes:
+    new = new(value) if callable(new) else new
+    new = jnp.broadcast_to(jnp.asarray(new, value.dtype), value.shape)
+    chosen = chosen if where is None else chosen & where
+    if isinstance(chosen, jax.core.Tracer) or not np.all(chosen):
+      new = jnp.where(chosen, new, value)
+    value = new
+  return value

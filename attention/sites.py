@@ -12,7 +12,7 @@ import dataclasses
 import difflib
 import fnmatch
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import haiku as hk
 import jax
@@ -65,6 +65,19 @@ class Site:
     return f'{self.kind}#{self.number}'
 
 
+@dataclasses.dataclass(frozen=True)
+class Visit:
+  """What happens at a site: a function value -> value."""
+
+  function: Callable
+  is_edit: bool = False  # whether it returns another value
+  is_active: object = True  # whether an edit changes anything; JAX may trace it
+  selection: dict | None = None  # arguments that compute a part of a pattern
+
+  def __call__(self, value):
+    return self.function(value)
+
+
 class Visitor:
   """What happens at sites; subclasses say what.
 
@@ -94,7 +107,7 @@ class Visitor:
       is_part: whether the site belongs to the module above.
 
     Returns:
-      A function value -> value with the attributes of `Recorded` or `Edited`.
+      A `Visit`.
     """
     raise NotImplementedError
 
@@ -117,8 +130,9 @@ class Visitor:
 class Interceptor:
   """Finds the sites while a function runs, for `hk.intercept_methods`."""
 
-  def __init__(self, visitor: Visitor):
-    self._visitor = visitor
+  def __init__(self, *visitors: Visitor):
+    self._visitors = visitors
+    self._carried = 0  # layers of AlphaFold's stack, inside it
     self._running = []  # (module, method) of the active calls
     self._attentions = []  # active calls of attention modules
 
@@ -149,28 +163,27 @@ class Interceptor:
 
   def _module(self, call, module, *args, **kwargs):
     """The call of any module."""
-    if isinstance(module, AxialAttention) and self._visitor.reaches_into(
-      module
-    ):
-      module.remat = False  # values cannot leave its loops over rows
+    if isinstance(module, AxialAttention):
+      # Values cannot leave its loops over rows.
+      module.remat &= not any(v.reaches_into(module) for v in self._visitors)
     if hasattr(module, 'use_scan'):
       module.use_scan = False  # each layer has a path then
     if isinstance(module, hk.Linear):
       call = functools.partial(self._linear, call, module)
     if args and _is_array(args[0]):
       args = (self._visit(module, 'input', args[0]), *args[1:])
-    outer = self._visitor.carried
+    outer = self._carried
     is_attention = isinstance(
       module, MultiHeadAttention | hk.MultiHeadAttention
     )
     if is_attention:
       self._attentions.append(_Attention(module, args, kwargs))
     if hasattr(module, '_count') and hasattr(module, '_call_wrapped'):
-      self._visitor.carried = max(1, outer) * module._count
+      self._carried = max(1, outer) * module._count
     try:
       result = call(*args, **kwargs)
     finally:
-      self._visitor.carried = outer
+      self._carried = outer
       if is_attention:
         self._attentions.pop()
     if type(result) is tuple and result:
@@ -182,8 +195,27 @@ class Interceptor:
     return first if rest is None else (first, *rest)
 
   def _visit(self, module, kind, value, **where):
-    site = self._visitor.at(module, kind, **where)
-    return value if site is None else site(value)
+    visit = self._at(module, kind, **where)
+    return value if visit is None else visit(value)
+
+  def _at(self, module, kind, **where) -> Visit | None:
+    """What the visitors do at a site, one after the other."""
+    visits = []
+    for visitor in self._visitors:
+      visitor.carried = self._carried
+      visits.append(visitor.at(module, kind, **where))
+    visits = [visit for visit in visits if visit is not None]
+    if len(visits) < 2:
+      return visits[0] if visits else None
+    edited, recorded = visits
+
+    def both(value):
+      value = edited(value)
+      selection = Selection(**(recorded.selection or {}))
+      recorded(selection.take(kind, value))
+      return value
+
+    return Visit(both, is_edit=True)
 
   def _visit_lazily(self, module, kind, plain, compute, use, **where):
     """A site whose value the plain computation does not need.
@@ -196,19 +228,19 @@ class Interceptor:
       use: a function value -> result.
       **where: as in `Visitor.at`.
     """
-    site = self._visitor.at(module, kind, **where)
-    if site is None:
+    visit = self._at(module, kind, **where)
+    if visit is None:
       return plain()
-    if not site.is_edit:
-      site(compute(site.selection))
+    if not visit.is_edit:
+      visit(compute(visit.selection or {}))
       return plain()
 
     def edited():
-      return use(site(compute(site.selection)))
+      return use(visit(compute({})))
 
-    if isinstance(site.is_active, jax.core.Tracer):
-      return hk.cond(site.is_active, edited, plain)
-    return edited() if site.is_active else plain()
+    if isinstance(visit.is_active, jax.core.Tracer):
+      return hk.cond(visit.is_active, edited, plain)
+    return edited() if visit.is_active else plain()
 
   def _result(self, kind, call, module, *args, **kwargs):
     value = call(*args, **kwargs)
@@ -378,8 +410,7 @@ class _Discover(Visitor):
       hk.set_state(f'{how}:{name}', facts)
       return value
 
-    store.is_edit, store.selection = False, self._selection.of_pattern(kind)
-    return store
+    return Visit(store, selection=self._selection.of_pattern(kind))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -391,12 +422,16 @@ class Selection:
 
   def of_pattern(self, kind):
     """Arguments of a function that computes selected patterns only."""
-    return dataclasses.asdict(self) if kind == 'pattern' else {}
+    return dataclasses.asdict(self) if kind == 'pattern' else None
 
   def of(self, kind, value):
     """The selected part of a site's value."""
-    if kind in ('pattern', 'key', 'value'):
-      return value
+    return (
+      value if kind in ('pattern', 'key', 'value') else self.take(kind, value)
+    )
+
+  def take(self, kind, value):
+    """The heads and queries of a value that has them all."""
     for numbers, name, axis in zip(
       (self.heads, self.queries), ('heads', 'queries'), KINDS[kind], strict=True
     ):
@@ -505,17 +540,17 @@ def leaves_of(sites: dict[str, dict[str, Site]], chosen) -> dict:
   return state
 
 
-def run(visitor: Visitor, apply, params, state, leaves, rng, args, kwargs):
-  """Call `apply` with a visitor and its leaves.
+def run(visitors, apply, params, state, leaves, rng, args, kwargs):
+  """Call `apply` with visitors and their leaves.
 
   Returns:
-    (output, state, state with the visitor's leaves).
+    (output, state, state with the visitors' leaves).
   """
   state = state or {}
   given = {path: dict(leaves) for path, leaves in state.items()}
   for path, more in leaves.items():
     given.setdefault(path, {}).update(more)
-  with hk.intercept_methods(Interceptor(visitor)):
+  with hk.intercept_methods(Interceptor(*visitors)):
     output, after = apply(params, given, rng, *args, **kwargs)
   own = {
     path: {n: x for n, x in leaves.items() if n in state[path]}

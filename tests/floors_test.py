@@ -15,14 +15,14 @@ _FLOORS = {
   'decoding': 1,
   'models': 2,
   'sites': 2,
-  'capture': 3,
+  'capture': 4,
   'edit': 3,
-  'analysis': 4,
+  'analysis': 5,
   'interop': 3,
   'plots': 3,
-  'training': 5,
-  'commands': 6,
-  '__main__': 7,
+  'training': 6,
+  'commands': 7,
+  '__main__': 8,
 }
 _SOURCES = sorted((_ROOT / 'attention').rglob('*.py'))
 
