@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attention import sites
+from attention.ops.attention_weights import select
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +67,14 @@ def edit(function, params, edits, *args, rng=None, state=None, **kwargs):
   init, apply = sites.stateful(function)
   editor = Editor.create(init, edits, args, kwargs)
   output, own, _ = sites.run(
-    [editor], apply, params, state, editor.leaves, rng, args, kwargs
+    [editor] if edits else [],
+    apply,
+    params,
+    state,
+    editor.leaves,
+    rng,
+    args,
+    kwargs,
   )
   if isinstance(function, hk.TransformedWithState):
     return output, own
@@ -179,7 +187,7 @@ def _mask(name: str, numbers, count: int):
       )
     return numbers
   if not isinstance(numbers, jax.core.Tracer):
-    numbers = sites.select(name, numbers, count)
+    numbers = select(name, numbers, count)
   return (numbers.reshape(-1, 1) == np.arange(count)).any(0)
 
 
