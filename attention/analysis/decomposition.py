@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from attention.analysis.attribution import FinalNorm
 from attention.capture import capture
+from attention.ops.attention_weights import select
 
 
 @jax.tree_util.register_dataclass
@@ -62,12 +63,18 @@ def decompose(function, params, tokens, *, queries=None, rng=None) -> Residual:
       f'{normalised[0] if normalised else "no final_norm"}'
     )
   kinds = 'head_output', 'block_input', 'block_output'
-  _, values = capture(
-    function, params, tokens, what=kinds, queries=queries, rng=rng
-  )
+  _, values = capture(function, params, tokens, what=kinds, rng=rng)
+
+  def pick(x):
+    x, length = x.astype(jnp.float32), tokens.shape[-1]
+    if queries is None:
+      return x
+    # A product: XLA would keep all positions of x until it indexes the stack.
+    chosen = jnp.eye(length)[select('queries', queries, length)]
+    return jnp.einsum('bt...,qt->bq...', x, chosen, precision='highest')
+
   heads, before, after = (
-    jnp.stack([x.astype(jnp.float32) for x in values[kind].values()])
-    for kind in kinds
+    jnp.stack([pick(x) for x in values[kind].values()]) for kind in kinds
   )
   bias = jnp.stack(
     [
