@@ -30,9 +30,8 @@ def add_flags(parser) -> None:
     '--random_tokens',
     type=int,
     metavar='N',
-    help='in place of a text, N random tokens, repeated once, in which '
-    'attention to earlier tokens can come from their repetition only; 2 N '
-    'must fit into the context',
+    help='in place of a text, N random tokens, repeated once, a probe of '
+    'induction; 2 N tokens must fit into the context',
   )
   parser.add_argument(
     '--seed', type=int, default=0, help='of the random tokens (default: 0)'
