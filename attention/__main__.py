@@ -12,6 +12,7 @@ from attention.commands import (
   inspect,
   plot,
   sample,
+  study,
   translate,
 )
 from attention.training.main import print_error
@@ -22,6 +23,7 @@ _COMMANDS = {
   'evaluate': evaluate,
   'contacts': contacts,
   'plot': plot,
+  'study': study,
   'export': export,
   'inspect': inspect,
   'doctor': doctor,

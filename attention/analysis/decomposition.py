@@ -7,11 +7,16 @@ import jax.numpy as jnp
 
 from attention.analysis.attribution import FinalNorm
 from attention.capture import capture
+from attention.ops.attention_weights import select
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Residual:
-  """The terms of a residual stream [b, t, m] after L layers of h heads."""
+  """The terms of a residual stream [b, t, m] after L layers of h heads.
+
+  A pytree of its arrays.
+  """
 
   embedding: jax.Array  # [b, t, m], of tokens and positions
   heads: jax.Array  # [L, h, b, t, m]
@@ -34,7 +39,7 @@ class Residual:
     return names, jnp.concatenate(parts)
 
 
-def decompose(function, params, tokens, *, rng=None) -> Residual:
+def decompose(function, params, tokens, *, queries=None, rng=None) -> Residual:
   """The terms that sum to the input of a `gpt`'s final norm.
 
   Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits".
@@ -44,6 +49,8 @@ def decompose(function, params, tokens, *, rng=None) -> Residual:
       argument or result of `hk.transform`; with `norm='pre'`.
     params: the parameters of the function.
     tokens: [b, t].
+    queries: positions of the stream to return, in place of all t; under
+      `jax.jit`, only they take memory.
     rng: a `jax.random` key, if the function uses random numbers.
 
   Raises:
@@ -57,9 +64,17 @@ def decompose(function, params, tokens, *, rng=None) -> Residual:
     )
   kinds = 'head_output', 'block_input', 'block_output'
   _, values = capture(function, params, tokens, what=kinds, rng=rng)
+
+  def pick(x):
+    x, length = x.astype(jnp.float32), tokens.shape[-1]
+    if queries is None:
+      return x
+    # A product: XLA would keep all positions of x until it indexes the stack.
+    chosen = jnp.eye(length)[select('queries', queries, length)]
+    return jnp.einsum('bt...,qt->bq...', x, chosen, precision='highest')
+
   heads, before, after = (
-    jnp.stack([x.astype(jnp.float32) for x in values[kind].values()])
-    for kind in kinds
+    jnp.stack([pick(x) for x in values[kind].values()]) for kind in kinds
   )
   bias = jnp.stack(
     [
@@ -86,6 +101,8 @@ def readout(
 ) -> tuple[FinalNorm, jax.Array]:
   """The final norm and the unembedding [m, v] of a `gpt`.
 
+  The norm of a model with `norm='post'`, which has none, changes nothing.
+
   Args:
     params: its parameters.
     path: the name of the model.
@@ -93,9 +110,11 @@ def readout(
     norm_epsilon: the model's field.
     with_tied_output: the model's field.
   """
-  norm = FinalNorm(
-    kind=norm_kind, epsilon=norm_epsilon, **params[f'{path}/final_norm']
-  )
+  arrays = params.get(f'{path}/final_norm')
+  if arrays is None:
+    norm = FinalNorm(kind='none', scale=None)
+  else:
+    norm = FinalNorm(kind=norm_kind, epsilon=norm_epsilon, **arrays)
   if with_tied_output:
     return norm, params[f'{path}/tokens']['embeddings'].T
   return norm, params[f'{path}/output']['w']

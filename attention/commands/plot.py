@@ -24,11 +24,7 @@ def add_flags(parser) -> None:
     help='rows or columns, in the image of a single pattern, which shows the '
     'first selected head of the lowest selected layer (default: rows)',
   )
-  parser.add_argument(
-    '--out',
-    help="folder for the files (default: the run's plots/; for --model, "
-    'plots/)',
-  )
+  trained_models.add_out(parser)
 
 
 def run(arguments) -> int:
@@ -43,9 +39,7 @@ def run(arguments) -> int:
     layers=_numbers_or_names(arguments.layers),
     heads=_numbers(arguments.heads),
   )
-  out = folder / 'plots' if arguments.workdir else pathlib.Path('plots')
-  out = pathlib.Path(arguments.out or out)
-  out.mkdir(parents=True, exist_ok=True)
+  out = trained_models.plots_folder(arguments)
   numbers = _numbers(arguments.heads)
   for name, (queries, keys, patterns) in found.items():
     layer, heads = plots.rows(patterns)[0]

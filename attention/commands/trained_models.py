@@ -1,4 +1,6 @@
-"""The model that a command uses: flags that name it, and loading it."""
+"""The model that a command uses: its flags, loading it, where figures go."""
+
+import pathlib
 
 from attention.training import trained, transformers_folder
 from attention.training.main import set_up_jax
@@ -29,6 +31,23 @@ def add_beam_size(parser) -> None:
     default=5,
     help='beam size; 1 decodes greedily (default: 5)',
   )
+
+
+def add_out(parser) -> None:
+  """Add --out, of `plots_folder`."""
+  parser.add_argument(
+    '--out',
+    help="folder for the files (default: the run's plots/; for --model, "
+    'plots/)',
+  )
+
+
+def plots_folder(arguments) -> pathlib.Path:
+  """The folder for figures, which is created."""
+  run = pathlib.Path(arguments.workdir or '')
+  folder = pathlib.Path(arguments.out or run / 'plots')
+  folder.mkdir(parents=True, exist_ok=True)
+  return folder
 
 
 def open_task(arguments, kind=None):

@@ -11,6 +11,7 @@ from attention import decoding, models
 from attention.capture import capture
 from attention.data import language
 from attention.models.losses import cross_entropy
+from attention.training.tasks import study
 from attention.training.tasks.generation import Draft, Generator, Written
 
 
@@ -368,15 +369,65 @@ class Language:
         vocabulary, or a layer or head does not exist.
     """
     tokens = self.encode('text', text)
+    self._check_length(tokens)
+    run = jax.jit(functools.partial(capture, self._model, **selection))
+    _, found = run(params, tokens)
+    labels = self.vocabulary.pieces(tokens[0])
+    return {'attention': (labels, labels, found)}
+
+  def study(self, params, tokens) -> study.Study:
+    """Measure what each head and layer does with a text.
+
+    Args:
+      params: model parameters.
+      tokens: [1, t], from `encode` or `repeated_tokens`.
+
+    Raises:
+      ValueError: the text is too long, or the model has no attention.
+    """
+    self._check_length(tokens)
+    return study.Study.of(
+      self._measure(params, tokens), self.vocabulary.pieces, tokens
+    )
+
+  @functools.cached_property
+  def _measure(self):
+    fields, size = self.model_fields, self.vocabulary.size
+    return jax.jit(functools.partial(study.measure, self._model, fields, size))
+
+  def repeated_tokens(self, count: int, seed: int) -> np.ndarray:
+    """Draw random tokens, and repeat them once: a probe of induction.
+
+    Nothing but the repetition predicts them (Olsson et al. 2022). They are
+    distinct if the vocabulary suffices.
+
+    Args:
+      count: number of tokens to draw.
+      seed: random seed.
+
+    Returns:
+      [1, t], the prefix and both copies.
+
+    Raises:
+      ValueError: they do not fit into the model's context.
+    """
+    most = (self.context_size - len(self.prefix)) // 2
+    if not 1 <= count <= most:
+      raise ValueError(
+        f'random_tokens: expected 1 to {most}, as they must fit into the '
+        f'context of {self.context_size} tokens twice, got {count}'
+      )
+    size = self.vocabulary.size
+    rng = np.random.default_rng(seed)
+    drawn = rng.choice(size, count, replace=count > size)
+    return np.array([[*self.prefix, *drawn, *drawn]], np.int32)
+
+  def _check_length(self, tokens):
     if tokens.shape[1] > self.context_size:
       raise ValueError(
         f'text: expected at most {self.context_size} tokens '
         f"(the model's context_size), got {tokens.shape[1]}"
       )
-    run = jax.jit(functools.partial(capture, self._model, **selection))
-    _, found = run(params, tokens)
-    labels = self.vocabulary.pieces(tokens[0])
-    return {'attention': (labels, labels, found)}
 
   def encode(self, name: str, text: str) -> np.ndarray:
     """Encode a text as tokens [1, t], with the prefix; `name` is for errors.
