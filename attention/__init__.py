@@ -8,6 +8,7 @@ from attention.modules.transformer import TransformerBlock
 from attention.ops.attention_weights import attention_weights
 from attention.ops.biases import alibi, relative_buckets
 from attention.ops.cache import Cache, CrossCache
+from attention.ops.context import context_attention
 from attention.ops.dot_product import (
   additive_attention,
   dot_product_attention,
@@ -31,6 +32,7 @@ __all__ = [
   'alibi',
   'attention_weights',
   'capture',
+  'context_attention',
   'dot_product_attention',
   'edit',
   'explain',

@@ -26,8 +26,11 @@ def check(
   dropout_rate=0.0,
   dropout_rng=None,
   vector=None,
+  num_shards=1,
 ):
   """Check the arguments and return (query, key, value, `Options`).
+
+  The keys are one of `num_shards` shards; arrays of the logits have all keys.
 
   Raises:
     ValueError: an argument doesn't fit; the message names it and reports what
@@ -35,7 +38,8 @@ def check(
   """
   query, key, value = _check_inputs(query, key, value)
   *batch, num_query, num_heads, size = query.shape
-  shape = (*batch, num_heads, num_query, key.shape[-3])
+  num_key = num_shards * key.shape[-3]
+  shape = (*batch, num_heads, num_query, num_key)
 
   if mask is not None and not isinstance(mask, Mask):
     mask = Mask.dense(mask)

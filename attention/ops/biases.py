@@ -158,18 +158,51 @@ class Relative(Bias):
     return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), self)
 
   def add_gradient(self, gradient, d_tile, batch, row, query, key):
+    queries = query + jnp.arange(d_tile.shape[2])
+    keys = key + jnp.arange(d_tile.shape[3])
+    return self.add_gradient_at(gradient, d_tile, keys - queries[:, None])
+
+  def add_gradient_at(self, gradient, d_tile, distance):
+    """Accumulate the gradient of a tile [rows, h, q, k] at distances [q, k]."""
     d_tile = _sum_rows(d_tile)[0]
     exact = jax.tree.map(lambda x: x.astype(jnp.float32), self)
-    block, vjp = jax.vjp(
-      lambda bias: bias._block(query, d_tile.shape[1], key, d_tile.shape[2]),
-      exact,
-    )
+    block, vjp = jax.vjp(lambda bias: bias.at(distance), exact)
     if len(block) == 1:  # shared by all heads
       d_tile = d_tile.sum(0, keepdims=True)
     return jax.tree.map(jnp.add, gradient, vjp(d_tile)[0])
 
   def finish_gradient(self, gradient):
     return jax.tree.map(lambda g, x: g.astype(x.dtype), gradient, self)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PlacedRelative(Relative):
+  """A bias at distances offset + stride · d of a shard's distances d.
+
+  Its gradient is that of the bias it places.
+  """
+
+  bias: object  # Relative
+  offset: object  # of the first key from the first query; may be traced
+  stride: int = dataclasses.field(metadata={'static': True})
+
+  def at(self, distance):
+    return self.bias.at(self.offset + self.stride * distance)
+
+  def zero_gradient(self):
+    return self.bias.zero_gradient()
+
+  def add_gradient(self, gradient, d_tile, batch, row, query, key):
+    num_query, num_key = d_tile.shape[2:]
+    distance = (
+      key - query + jnp.arange(num_key) - jnp.arange(num_query)[:, None]
+    )
+    distance = self.offset + self.stride * distance
+    return self.bias.add_gradient_at(gradient, d_tile, distance)
+
+  def finish_gradient(self, gradient):
+    return self.bias.finish_gradient(gradient)
 
 
 @jax.tree_util.register_dataclass

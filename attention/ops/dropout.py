@@ -31,6 +31,8 @@ class Dropout:
   seed: object  # [2] uint32
   rate: float = dataclasses.field(metadata={'static': True})
   start: object = 0  # position of the first query
+  key_start: object = 0  # position of the first key
+  stride: int = dataclasses.field(metadata={'static': True}, default=1)
 
   @classmethod
   def create(cls, rng, rate: float) -> 'Dropout':
@@ -60,9 +62,9 @@ class Dropout:
 
   def kept_at(self, row, queries, keys):
     """Return the same at positions, given as integer arrays that broadcast."""
-    row, queries, keys = (
-      x.astype(jnp.uint32) for x in (row, self.start + queries, keys)
-    )
+    queries = self.start + self.stride * queries
+    keys = self.key_start + self.stride * keys
+    row, queries, keys = (x.astype(jnp.uint32) for x in (row, queries, keys))
     line = _mix((_mix(row + self.seed[0]) ^ queries) + self.seed[1])
     bits = _mix(line ^ _mix(keys + self.seed[0]))
     threshold = jnp.uint32(round(self.rate * (2**32 - 1)))

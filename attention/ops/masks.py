@@ -207,6 +207,31 @@ class Prefix(Condition):
     return jnp.where(first < self.lengths, 0, first), None
 
 
+class Placed(Condition):
+  """A condition on positions start + stride · p of a shard's positions p."""
+
+  condition: object  # without an axis of positions
+  query: object  # the queries' start
+  key: object
+  stride: int
+
+  def at(self, queries, keys):
+    return self.condition.at(
+      self.query + self.stride * queries, self.key + self.stride * keys
+    )
+
+  def diagonals(self):
+    # Starts may be traced; those of striped shards differ by less than stride.
+    if self.stride == 1:
+      return None, None
+    low, high = self.condition.diagonals()
+    slack = self.stride - 1
+    return (
+      None if low is None else -((slack - low) // self.stride),
+      None if high is None else (high + slack) // self.stride,
+    )
+
+
 class Dense(Condition):
   """An array, [q, k] or of the logits' rank; size-1 axes broadcast."""
 
