@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from attention.ops.dropout import Dropout, check_rate
+from attention.ops.implementations.partitioning import CONTEXT
 
 
 class Stream(hk.Module):
@@ -55,7 +56,8 @@ def linear(x, weights, bias=None, *, precision=None):
   """x weights + bias, with the leading axes flattened to one.
 
   The gradient of the weights is then a 2-D product as well; with more axes XLA
-  on CPU transposes and copies the operands.
+  on CPU transposes and copies the operands. Under a mesh that cuts positions
+  they are kept: XLA cannot cut a flattened axis by positions.
 
   Args:
     x: [*b, a].
@@ -66,7 +68,8 @@ def linear(x, weights, bias=None, *, precision=None):
   Returns:
     [*b, o].
   """
-  flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+  is_cut = jax.sharding.get_abstract_mesh().shape.get(CONTEXT, 1) > 1
+  flat = x if is_cut else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
   outputs = jnp.dot(flat, weights, precision=precision)
   if bias is not None:
     outputs = add(outputs, bias)

@@ -18,7 +18,8 @@ _POSITIVE = (
 
 
 def _mesh():
-  return {'data': -1, 'fsdp': 1, 'tensor': 1}  # see sharding.make_mesh
+  # See sharding.make_mesh.
+  return {'data': -1, 'fsdp': 1, 'tensor': 1, 'context': 1}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,8 +63,8 @@ class TrainingConfig:
     unknown = self.mesh.keys() - _mesh()
     if unknown:
       raise ValueError(
-        f'training.mesh.{min(unknown)}: no such axis; the axes are data, fsdp '
-        'and tensor'
+        f'training.mesh.{min(unknown)}: no such axis; the axes are data, '
+        'fsdp, tensor and context'
       )
 
   @classmethod

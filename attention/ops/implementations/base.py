@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -124,11 +125,23 @@ class Partitioned(Implementation):
 
   whole: Implementation
 
+  over_positions: Callable  # mesh axes -> an implementation that they cut
+
   def forward(self, *arguments):
-    return partitioning.run(self.whole.forward, False, *arguments)
+    return partitioning.run(
+      self.whole.forward,
+      lambda axes: self.over_positions(axes).forward,
+      False,
+      *arguments,
+    )
 
   def backward(self, *arguments):
-    return partitioning.run(self.whole.backward, True, *arguments)
+    return partitioning.run(
+      self.whole.backward,
+      lambda axes: self.over_positions(axes).recompute_backward,
+      True,
+      *arguments,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

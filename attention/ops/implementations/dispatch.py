@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from attention.ops.implementations import cudnn, reference
+from attention.ops.implementations import cudnn, partitioning, reference
 from attention.ops.implementations.base import (
   ByPlatform,
   Implementation,
@@ -11,6 +11,7 @@ from attention.ops.implementations.base import (
 )
 from attention.ops.implementations.chunked import Chunked
 from attention.ops.implementations.fused import Tpu, Triton
+from attention.ops.implementations.ring import Ring
 from attention.ops.platforms import (
   PARTITIONED_TPUS,
   PLATFORMS,
@@ -53,6 +54,8 @@ def dispatch(implementation, *checked):
     NotImplementedError: the arguments are unsupported on every platform.
   """
   names = names_of(implementation)
+  *inputs, options = checked
+  checked = (*map(partitioning.constrain, inputs), options)
   choices = {
     p: _choose(names, p, *checked) for p in (*PLATFORMS, PARTITIONED_TPUS)
   }
@@ -61,10 +64,13 @@ def dispatch(implementation, *checked):
     raise NotImplementedError(choices[default_platform()].reason)
   if len(chosen) == 1:
     (only,) = chosen
-    return only(*checked)
-  return ByPlatform(
-    tuple((p, c if 'tpu' in p else Partitioned(c)) for p, c in choices.items())
-  )(*checked)
+    return partitioning.constrain(only(*checked))
+  by_platform = ByPlatform(
+    tuple(
+      (p, c if 'tpu' in p else Partitioned(c, Ring)) for p, c in choices.items()
+    )
+  )
+  return partitioning.constrain(by_platform(*checked))
 
 
 def _choose(names, platform, *checked):

@@ -3,7 +3,9 @@
 XLA can't partition a kernel: it would gather its operands on every device.
 Batch axes and heads need no communication, so each device computes its own
 shard. Only gradients of operands that several rows share, such as a pair bias,
-are summed over devices. The TPU compiler has no hook for this: see
+are summed over devices. If the mesh axis `CONTEXT` cuts the positions of
+queries and keys of self-attention, keys and values travel around a ring (see
+`ring`). The TPU compiler has no hook for this: see
 `platforms.PARTITIONED_TPUS`.
 """
 
@@ -18,14 +20,18 @@ from jax.sharding import NamedSharding, PartitionSpec
 from attention.ops.biases import Relative
 
 _leaves = jax.tree.leaves
+# Axes of the mesh of a run.
+BATCH, TENSOR, CONTEXT = ('data', 'fsdp'), 'tensor', 'context'
 
 
-def run(function, gradients: bool, *arguments):
+def run(function, over_positions, gradients: bool, *arguments):
   """Compute function(*arguments), with each device computing its shard.
 
   Args:
     function: takes (query, key, value, options, *others) and closes over no
       arrays; its results are laid out like its arguments.
+    over_positions: a function of mesh axes that returns what replaces
+      `function` where these axes cut the positions.
     gradients: whether it returns the gradients of query, key, value and
       options, instead of [*b, q, h, e] and two arrays [*b, q, h].
     *arguments: the function's arguments; the others are [*b, q, h, …].
@@ -45,7 +51,10 @@ def run(function, gradients: bool, *arguments):
     def compute_shard(*leaves):
       arguments = list(jax.tree.unflatten(tree, leaves))
       arguments[3] = _dropout_per_device(arguments[3], axes_of)
-      results = _leaves(function(*arguments))
+      compute = function
+      if 't' in axes_of:
+        compute = over_positions(axes_of['t'])
+      results = _leaves(compute(*arguments))
       return [
         _sum_over_devices(x, n, axes_of)
         for x, n in zip(results, names[1], strict=True)
@@ -72,17 +81,37 @@ def run(function, gradients: bool, *arguments):
   return jax.tree.unflatten(jax.tree.structure(shapes), mapped(*leaves))
 
 
+def constrain(x):
+  """Shard [*b, t, h, c] over a run's mesh, where JAX knows it.
+
+  Shards of a parameter could otherwise spread to its products, and divide the
+  heads and their channels.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  sizes = dict(mesh.shape)
+  if not {*BATCH, TENSOR, CONTEXT} <= sizes.keys() or mesh.manual_axes:
+    return x
+  axes = [BATCH, CONTEXT, TENSOR]
+  spec = [None] * x.ndim
+  for at, names in zip((0, x.ndim - 3, x.ndim - 2), axes, strict=True):
+    count = math.prod(sizes[n] for n in names) if at == 0 else sizes[names]
+    if x.shape[at] % count == 0:
+      spec[at] = names
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+
+
 def _names(arguments, gradients):
   """Name the axes of (arguments, results); None is not partitioned.
 
-  Batch axes are 'b0', 'b1', …, heads 'h' and key heads 'g'. A single key head
-  is not partitioned.
+  Batch axes are 'b0', 'b1', …, positions 't' in self-attention, heads 'h' and
+  key heads 'g'. A single key head is not partitioned.
   """
   query, key, _, options, *others = arguments
   batch = [f'b{i}' for i in range(query.ndim - 3)]
-  sizes = dict(
-    zip((*batch, 'h'), (*query.shape[:-3], query.shape[-2]), strict=True)
-  )
+  sizes = dict(zip((*batch, 't', 'h'), query.shape, strict=False))
+  if query.shape[-3] != key.shape[-3] or options.vector is not None:
+    del sizes['t']
+  positions = 't' if sizes.get('t', 1) > 1 else None
 
   def of(x, *last):
     """Name the axes of an array that broadcasts to the batch and `last`."""
@@ -95,12 +124,12 @@ def _names(arguments, gradients):
 
   def of_bias(x):
     if not isinstance(options.bias, Relative):
-      return of(x, 'h', None, None)
+      return of(x, 'h', 't', None)
     return (None,) * (x.ndim - 1) + of(x[(0,) * (x.ndim - 1)], 'h')
 
   group = 'g' if key.shape[-2] > 1 else None
-  heads, groups = ((*batch, None, n, None) for n in ('h', group))
-  after = {0: (), 1: (None,), 3: ('h', None, None)}
+  heads, groups = ((*batch, positions, n, None) for n in ('h', group))
+  after = {0: (), 1: ('t',), 3: ('h', 't', None)}
   conditions = () if options.mask is None else options.mask.conditions
   masks = [of(x, *after[c.trailing]) for c in conditions for x in _leaves(c)]
   bias = [of_bias(x) for x in _leaves(options.bias)]
@@ -130,16 +159,19 @@ def _rule(names, num_heads, num_groups):
       return lone[-1]
     return words.get(name, name)
 
+  of_inputs, _ = names
   inputs, results = (
     ', '.join(' '.join(map(word, n)) for n in each) for each in names
   )
   special['need_replication_factors'] = tuple(lone)
+  if any('t' in names for names in of_inputs):
+    special['permutation_factors'] = ('t',)
   return f'{inputs} -> {results}', special
 
 
 def _partitioned_axes(mesh, infos, query_names, key_names):
   """Return the mesh axes that partition query and key, by axis name."""
-  axes_of = {}
+  axes_of, cut = {}, []
   for info, names in zip(infos, (query_names, key_names), strict=False):
     spec = getattr(info.sharding, 'spec', ())
     for name, axes, size in zip(names, spec, info.shape, strict=False):
@@ -147,6 +179,9 @@ def _partitioned_axes(mesh, infos, query_names, key_names):
       count = math.prod(mesh.shape[a] for a in axes)
       if name and axes and size % count == 0:
         axes_of[name] = axes
+        cut += [axes] if name == 't' else []
+  if cut != [(CONTEXT,)] * 2:  # others store parameters, and cut by accident
+    axes_of.pop('t', None)
   if 'g' in key_names:  # query heads stay with their key heads
     axes_of['h'] = axes_of['g'] = axes_of.get('g', ())
   return {name: axes for name, axes in axes_of.items() if axes}
@@ -170,7 +205,10 @@ def _sum_over_devices(x, names, axes_of):
 
 def _dropout_per_device(options, axes_of):
   """Return the options with a different dropout seed on each device."""
-  axes = tuple(a for n, axes in axes_of.items() if n != 'g' for a in axes)
+  # A ring's dropout depends on global positions.
+  axes = tuple(
+    a for n, axes in axes_of.items() if n not in ('g', 't') for a in axes
+  )
   if options.dropout is None or not axes:
     return options
   number = jax.lax.axis_index(axes).astype(jnp.uint32)

@@ -35,7 +35,7 @@ class Ring(Implementation):
   global order.
   """
 
-  axis_name: str
+  axis_name: object  # a mesh axis, or several
   is_striped: bool = False
   inner: Implementation = dataclasses.field(default_factory=TileLoop)
 
@@ -68,6 +68,16 @@ class Ring(Implementation):
     total = jnp.where(total > 0, total, jnp.inf)
     output = (values / total[..., None]).astype(query.dtype)
     return output, top, jnp.log(total)
+
+  def recompute_backward(
+    self, query, key, value, options, output, first, second, d_output
+  ):
+    """As `backward`, whichever implementation computed the output."""
+    del first, second
+    _, *residuals = self.forward(query, key, value[..., :1], options)
+    return self.backward(
+      query, key, value, options, output, *residuals, d_output
+    )
 
   def backward(
     self, query, key, value, options, output, top, log_total, d_output
@@ -152,7 +162,7 @@ class _Ring:
   """The ring seen by one device, and the options of each block of keys."""
 
   options: object
-  axis_name: str
+  axis_name: object  # a mesh axis, or several
   is_striped: bool
   count: int  # devices
   num_query: int  # of a device

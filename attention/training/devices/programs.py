@@ -96,9 +96,13 @@ class Training:
     Raises:
       ValueError: as `Program.compile`.
     """
-    placed = sharding.batched(self.mesh)
+    sharding.check_context(self.batch, self.mesh)
     batch = {
-      name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=placed)
+      name: jax.ShapeDtypeStruct(
+        (rows, *x.shape[1:]),
+        x.dtype,
+        sharding=sharding.batched(self.mesh, x.shape),
+      )
       for name, x in self.batch.items()
     }
     with precision.applied(self.settings.precision), lowering_for(self.mesh):

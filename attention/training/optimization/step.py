@@ -85,7 +85,8 @@ class Step:
 
   def lower(self, batch: dict):
     """Lower the step for batches of this shape."""
-    return self._step.lower(self.like, batch, np.int32(0))
+    with sharding.tracing_for(self.mesh):
+      return self._step.lower(self.like, batch, np.int32(0))
 
   def run(self, program, state: dict, batch: dict, step: int):
     """Run a compiled step, counted from 0; returns (state, metrics)."""

@@ -1,5 +1,6 @@
 """Device meshes, and shardings of batches and training states."""
 
+import math
 import re
 
 import jax
@@ -31,9 +32,10 @@ def make_mesh(
   data: int = -1,
   fsdp: int = 1,
   tensor: int = 1,
+  context: int = 1,
   devices=None,
 ) -> Mesh:
-  """Create a mesh with the axes 'data', 'fsdp' and 'tensor'.
+  """Create a mesh with the axes 'data', 'fsdp', 'tensor' and 'context'.
 
   Args:
     batch_size: size of the batch that is sharded over `data` × `fsdp` devices.
@@ -43,6 +45,8 @@ def make_mesh(
       and the optimizer state.
     tensor: number of devices along 'tensor', which shard the heads and the
       feed-forward width.
+    context: number of devices along 'context', which shard the positions of
+      sequences; keys and values travel around them.
     devices: devices to choose from; all attached devices by default.
 
   Raises:
@@ -55,19 +59,24 @@ def make_mesh(
       'training.mesh.data: expected 1 or more, or -1 for all remaining '
       f'devices, got {data}'
     )
-  for name, size in (('fsdp', fsdp), ('tensor', tensor)):
+  others = {'fsdp': fsdp, 'tensor': tensor, 'context': context}
+  for name, size in others.items():
     if size < 1:
       raise ValueError(f'training.mesh.{name}: expected 1 or more, got {size}')
+  fixed = math.prod(others.values())
   if data == -1:
     data = max(
       (
         n
-        for n in range(1, len(devices) // (fsdp * tensor) + 1)
+        for n in range(1, len(devices) // fixed + 1)
         if batch_size % (n * fsdp) == 0
       ),
       default=1,
     )
-  count = data * fsdp * tensor
+  count = data * fixed
+  product = f'data × fsdp × tensor × context = {data} × ' + ' × '.join(
+    map(str, others.values())
+  )
   if count > len(devices):
     hint = (
       f'; set --config.training.cpu_devices={count} for more virtual devices'
@@ -76,7 +85,7 @@ def make_mesh(
     )
     raise ValueError(
       f'training.mesh: expected at most the {len(devices)} available devices, '
-      f'got data × fsdp × tensor = {data} × {fsdp} × {tensor}{hint}'
+      f'got {product}{hint}'
     )
   if batch_size % (data * fsdp):
     raise ValueError(
@@ -86,12 +95,12 @@ def make_mesh(
   if jax.process_count() > 1 and count != len(devices):
     raise ValueError(
       f'training.mesh: expected all {len(devices)} devices of all processes, '
-      f'got data × fsdp × tensor = {data} × {fsdp} × {tensor}'
+      f'got {product}'
     )
   return Mesh(
-    np.array(devices[:count]).reshape(data, fsdp, tensor),
-    ('data', 'fsdp', 'tensor'),
-    axis_types=(AxisType.Auto,) * 3,
+    np.array(devices[:count]).reshape(data, *others.values()),
+    ('data', *others),
+    axis_types=(AxisType.Auto,) * 4,
   )
 
 
@@ -100,18 +109,41 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
-def batched(mesh: Mesh) -> NamedSharding:
-  """Return a sharding of the leading axis over the batch axes of the mesh."""
-  return NamedSharding(mesh, PartitionSpec(_BATCH))
+def batched(mesh: Mesh, shape: tuple = ()) -> NamedSharding:
+  """Return the sharding of an array of a batch: [b, …] or [b, t, …].
+
+  The leading axis is sharded over the batch axes of the mesh, and positions
+  over 'context' if it divides them.
+  """
+  spec = [_BATCH]
+  size = mesh.shape.get('context', 1)
+  if size > 1 and len(shape) > 1 and shape[1] % size == 0:
+    spec.append('context')
+  return NamedSharding(mesh, PartitionSpec(*spec))
 
 
 def place(batch: dict, mesh: Mesh) -> dict:
   """Shard a batch over the devices; every process must hold the whole batch."""
-  sharding = batched(mesh)
+  check_context(batch, mesh)
   return {
-    name: jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
+    name: jax.make_array_from_callback(
+      x.shape, batched(mesh, x.shape), x.__getitem__
+    )
     for name, x in batch.items()
   }
+
+
+def check_context(batch: dict, mesh: Mesh) -> None:
+  """Raise ValueError if 'context' shards no array of the batch."""
+  size = mesh.shape.get('context', 1)
+  shapes = {name: x.shape for name, x in batch.items()}
+  if size > 1 and not any(
+    'context' in batched(mesh, shape).spec for shape in shapes.values()
+  ):
+    raise ValueError(
+      f'training.mesh.context: expected a divisor of the length of sequences, '
+      f'got {size} for {shapes}'
+    )
 
 
 def of_state(shapes, mesh: Mesh | AbstractMesh):
@@ -187,6 +219,11 @@ def data_parallel(function, mesh: Mesh):
     out_specs=whole,
     check_vma=False,
   )
+
+
+def tracing_for(mesh: Mesh):
+  """A context in which layers know what the mesh shards."""
+  return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
 def block_if_virtual(mesh: Mesh, results):

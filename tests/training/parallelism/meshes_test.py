@@ -15,6 +15,8 @@ _MESHES = {
   'data 8': dict(data=8),
   'fsdp 8': dict(data=1, fsdp=8),
   'data 2 × fsdp 2 × tensor 2': dict(data=2, fsdp=2, tensor=2),
+  'context 8': dict(data=1, context=8),
+  'data 2 × tensor 2 × context 2': dict(data=2, tensor=2, context=2),
 }
 # Trains on each mesh, and resumes from the previous mesh's checkpoint.
 _TRAIN = """
@@ -111,6 +113,11 @@ def test_low_rank_updates_on_a_mixed_mesh_match_one_device(
   assert losses[-1] < losses[0]
 
 
+def test_a_mesh_that_cuts_positions_matches_one_device(python, text):
+  meshes = {'one': _MESHES['one'], 'context 4': dict(data=2, context=4)}
+  _train(python, text, 4, meshes)
+
+
 @pytest.mark.slow
 def test_all_meshes_give_the_same_losses(python, text):
   results = _train(python, text, 20, _MESHES)
@@ -155,7 +162,7 @@ def test_heads_and_feed_forward_shard_over_tensor_the_rest_over_fsdp():
   ('axes', 'message'),
   [
     (dict(fsdp=0), 'training.mesh.fsdp: expected 1 or more, got 0'),
-    (dict(tensor=999), 'expected at most .* 1 × 1 × 999'),
+    (dict(tensor=999), 'expected at most .* 1 × 1 × 999 × 1'),
     (dict(data=0), 'training.mesh.data: expected 1 or more, or -1'),
   ],
 )
@@ -167,4 +174,5 @@ def test_invalid_meshes_raise(axes, message):
 def test_data_uses_as_many_devices_as_divide_the_batch():
   mesh = sharding.make_mesh(7 * len(jax.devices()))
   assert isinstance(mesh, Mesh)
-  assert mesh.shape == {'data': len(jax.devices()), 'fsdp': 1, 'tensor': 1}
+  others = {'fsdp': 1, 'tensor': 1, 'context': 1}
+  assert mesh.shape == {'data': len(jax.devices()), **others}
