@@ -15,7 +15,7 @@ from attention.training import tasks
 from attention.training.optimization import precision
 from attention.training.optimization.nonfinite import NotFinite, Watch
 from attention.training.optimization.step import Step
-from attention.training.parallelism import processes
+from attention.training.parallelism import processes, sharding
 from attention.training.reporting import flops, memory
 from attention.training.reporting.console import Reporter, Stopwatch
 from attention.training.reporting.profiling import Trace
@@ -280,7 +280,8 @@ class _Run:
   def _evaluate(self, state, done):
     """Evaluate the model, draw the loss curve and write an example."""
     try:
-      values = self.task.evaluate(state['params'], self._place_or_stop)
+      with sharding.tracing_for(self.step.mesh):
+        values = self.task.evaluate(state['params'], self._place_or_stop)
     except Interrupted:
       return  # the resumed run repeats this evaluation
     self._write(done, values)

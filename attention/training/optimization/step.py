@@ -50,8 +50,8 @@ class Step:
 
     Raises:
       ValueError: invalid optimizer settings, a mesh that does not fit the
-        devices or the batch, or a number of micro-batches that does not divide
-        the batch.
+        devices, the batch or the length of sequences, or a number of
+        micro-batches that does not divide the batch.
     """
     optimizer, schedule = optimizers.adamw(
       steps=settings.steps, **config.optimizer
@@ -65,6 +65,8 @@ class Step:
     mesh = sharding.make_mesh(
       task.batch_size // num_parts, **settings.mesh, devices=devices
     )
+    if mesh.shape['context'] > 1:
+      sharding.check_context(task.batch(0), mesh)
     with precision.applied(settings.precision):
       return cls(task, optimizer, schedule, config.seed, mesh, settings)
 

@@ -124,7 +124,6 @@ def batched(mesh: Mesh, shape: tuple = ()) -> NamedSharding:
 
 def place(batch: dict, mesh: Mesh) -> dict:
   """Shard a batch over the devices; every process must hold the whole batch."""
-  check_context(batch, mesh)
   return {
     name: jax.make_array_from_callback(
       x.shape, batched(mesh, x.shape), x.__getitem__
@@ -136,13 +135,12 @@ def place(batch: dict, mesh: Mesh) -> dict:
 def check_context(batch: dict, mesh: Mesh) -> None:
   """Raise ValueError if 'context' shards no array of the batch."""
   size = mesh.shape.get('context', 1)
-  shapes = {name: x.shape for name, x in batch.items()}
-  if size > 1 and not any(
-    'context' in batched(mesh, shape).spec for shape in shapes.values()
-  ):
+  shapes = [x.shape for x in batch.values()]
+  if size > 1 and not any('context' in batched(mesh, s).spec for s in shapes):
+    lengths = {shape[1] for shape in shapes if len(shape) > 1}
     raise ValueError(
-      f'training.mesh.context: expected a divisor of the length of sequences, '
-      f'got {size} for {shapes}'
+      'training.mesh.context: expected a divisor of the length of sequences, '
+      f'{" or ".join(map(str, sorted(lengths)))}, got {size}'
     )
 
 

@@ -1,0 +1,152 @@
+"""Attention between positions that are cut over devices."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+# Runs each case on one device and over four, and reports the largest errors,
+# relative to the largest value, of outputs and gradients.
+_COMPARE = """
+import json, re, sys
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, PartitionSpec as P
+import attention
+from attention import Mask
+
+jax.config.update('jax_num_cpu_devices', 4)
+N, B, T, H, G, D, E = 4, 2, 24, 4, 2, 3, 5
+rng = np.random.default_rng(0)
+draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+qkv = draw(B, T, H, D), draw(B, T, G, D), draw(B, T, G, E)
+d_output = draw(B, T, H, E)
+rows = P(None, None, 'c')  # queries of [b, h, q, k]
+ids = jnp.asarray(np.sort(rng.integers(0, 3, (B, T))))
+dense = jnp.asarray(rng.random((B, 1, T, T)) < 0.6)
+lengths = Mask.lengths(key_lengths=np.array([0, 17]))
+# name: (arrays and their specs, function of the arrays -> arguments)
+cases = {
+  'bias, segments, sinks': (
+    [(draw(1, H, T, T), rows), (draw(H), P()), (ids, P(None, 'c'))],
+    lambda bias, sinks, ids: dict(
+      bias=bias, sinks=sinks, mask=Mask.segments(ids), is_causal=True),
+  ),
+  'dense mask, cap, bias of keys': (
+    [(draw(B, H, 1, T), P()), (dense, rows)],
+    lambda bias, mask: dict(bias=bias, mask=mask, logit_cap=0.7),
+  ),
+  'buckets, prefix, dropout': (
+    [(draw(32, H), P())],
+    lambda table: dict(
+      bias=attention.relative_buckets(table), mask=Mask.prefix(9),
+      dropout_rate=0.3, dropout_rng=jax.random.key(1)),
+  ),
+  'alibi, window, lengths': (
+    [], lambda: dict(bias=attention.alibi(H), mask=Mask.window(7, 2) & lengths),
+  ),
+}
+mesh = jax.make_mesh((N,), ('c',), axis_types=(AxisType.Auto,))
+
+def stripe(x, axis, parts):
+  shape = x.shape[:axis] + (x.shape[axis] // parts, parts) + x.shape[axis + 1:]
+  return jnp.moveaxis(x.reshape(shape), axis + 1, axis).reshape(x.shape)
+
+def gradients(attend, arrays):
+  floats = [x for x in arrays if jnp.issubdtype(x.dtype, jnp.floating)]
+  def of_floats(*floats):
+    given = iter(floats)
+    return attend(*[
+      next(given) if jnp.issubdtype(x.dtype, jnp.floating) else x
+      for x in arrays])
+  output, vjp = jax.vjp(of_floats, *floats)
+  return output, *vjp(d_output)
+
+results = {}
+for name, (arrays, arguments) in cases.items():
+  arrays, specs = zip(*arrays) if arrays else ((), ())
+  one = jax.jit(lambda *x: gradients(
+    lambda q, k, v, *more: attention.dot_product_attention(
+      q, k, v, implementation='reference', **arguments(*more)), x)
+  )(*qkv, *arrays)
+  for layout in ('contiguous', 'striped'):
+    cut = P(None, 'c')
+    ring = jax.shard_map(
+      lambda q, k, v, *more: attention.context_attention(
+        q, k, v, axis_name='c', layout=layout, **arguments(*more)),
+      mesh=mesh, in_specs=(cut, cut, cut, *specs), out_specs=cut,
+      check_vma=False)
+    def attend(*x):
+      if layout == 'contiguous':
+        return ring(*x)
+      axes = [tuple(s).index('c') if 'c' in s else None
+              for s in (cut, cut, cut, *specs)]
+      x = [y if a is None else stripe(y, a, N)
+           for y, a in zip(x, axes, strict=True)]
+      return stripe(ring(*x), 1, T // N)
+    program = jax.jit(lambda *x: gradients(attend, x)).lower(
+      *qkv, *arrays).compile()
+    results[f'{name}, {layout}'] = {
+      'errors': [float(abs(a - b).max() / abs(a).max())
+                 for a, b in zip(one, program(*qkv, *arrays), strict=True)],
+      'collectives': sorted(set(re.findall(
+        r'(all-[a-z]+|collective-permute|reduce-scatter)(?:-start)?[(]',
+        program.as_text()))),
+    }
+print(json.dumps(results))
+"""
+_MEMORY = """
+import jax, jax.numpy as jnp
+from jax.sharding import AxisType, PartitionSpec as P
+import attention
+
+jax.config.update('jax_num_cpu_devices', 8)
+mesh = jax.make_mesh((8,), ('c',), axis_types=(AxisType.Auto,))
+x = jax.ShapeDtypeStruct((1, 65536, 1, 32), jnp.float32)
+cut = P(None, 'c')
+ring = jax.shard_map(
+  lambda *x: attention.context_attention(*x, axis_name='c', is_causal=True),
+  mesh=mesh, in_specs=(cut,) * 3, out_specs=cut, check_vma=False)
+one = lambda *x: attention.dot_product_attention(*x, is_causal=True)
+for attend in (one, ring):
+  loss = lambda *x: attend(*x).sum()
+  memory = jax.jit(jax.grad(loss, (0, 1, 2))).lower(
+    x, x, x).compile().memory_analysis()
+  print(memory.temp_size_in_bytes + memory.argument_size_in_bytes
+        + memory.output_size_in_bytes)
+"""
+
+
+def _run(script):
+  done = subprocess.run(
+    [sys.executable, '-c', script], capture_output=True, text=True
+  )
+  assert done.returncode == 0, done.stderr
+  return done.stdout
+
+
+@pytest.fixture(scope='module')
+def compared():
+  return json.loads(_run(_COMPARE))
+
+
+def test_a_ring_of_devices_computes_what_one_does(compared):
+  assert len(compared) == 8
+  for name, case in compared.items():
+    assert max(case['errors']) < 2e-6, name
+
+
+def test_only_keys_and_values_travel(compared):
+  for name, case in compared.items():
+    # Gradients of what all devices share are summed.
+    assert set(case['collectives']) <= {'collective-permute', 'all-reduce'}, (
+      name
+    )
+
+
+def test_memory_is_divided_among_devices():
+  one, ring = map(int, _run(_MEMORY).split())
+  # Keys, values and their gradients are there twice while they are sent.
+  assert ring <= 0.3 * one
