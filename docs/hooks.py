@@ -47,7 +47,10 @@ def _expand(item):
 
 
 def _notebooks():
-  return sorted(_ROOT.glob(_NOTEBOOKS))
+  """Paths of the notebooks, in the order of their numbers."""
+  return sorted(
+    _ROOT.glob(_NOTEBOOKS), key=lambda path: int(path.name.partition('_')[0])
+  )
 
 
 def _title(path):

@@ -10,12 +10,16 @@ import sys
 import pytest
 
 _ROOT = pathlib.Path(__file__).parent.parent
-_NOTEBOOKS = sorted((_ROOT / 'notebooks').glob('*.ipynb'))
+_NOTEBOOKS = sorted(
+  (_ROOT / 'notebooks').glob('*.ipynb'),
+  key=lambda p: int(p.name.partition('_')[0]),
+)
 _each = pytest.mark.parametrize('path', _NOTEBOOKS, ids=lambda p: p.stem)
 
 
 def test_there_are_notebooks():
-  assert [p.name[0] for p in _NOTEBOOKS] == list('123456789')
+  numbers = [int(p.name.partition('_')[0]) for p in _NOTEBOOKS]
+  assert numbers == list(range(1, 11))
 
 
 @_each
