@@ -27,11 +27,12 @@ def sweep(
 ) -> Figure:
   """Plot the effects of a sweep, such as of patching or ablating each head.
 
-  Blue is positive, red negative and white 0; nan is grey. Up to 12 x 12 cells
+  Blue is positive, red negative and white 0; nan is grey. Without negative
+  values, all of the colour scale is blue. Up to 12 x 12 cells
   contain their numbers. Row 0 is at the top.
 
   Args:
-    values: [rows, columns], signed.
+    values: [rows, columns].
     rows: a label per row, shown up to 64 of them; numbers by default.
     columns: a label per column, like `rows`.
     row_name: what a row is.
@@ -46,7 +47,7 @@ def sweep(
   rows = _labels('rows', rows, values.shape[0], values.shape)
   columns = _labels('columns', columns, values.shape[1], values.shape)
   figure, (axes,) = _panels(1, values.shape, rows, columns)
-  _heat_map(axes, values, unit)
+  _heat_map(axes, values, unit, is_signed=(values < 0).any())
   _label(axes, rows, columns)
   axes.set(xlabel=column_name, ylabel=row_name)
   add_title(figure, title)
@@ -56,8 +57,7 @@ def sweep(
 def head_scores(scores, layers=None, heads=None, *, title='') -> Figure:
   """Plot scores of all heads side by side, a panel and a colour scale each.
 
-  Scores without negative values are shown from white at 0 to blue, others as by
-  `sweep`, like missing ones and numbers.
+  Colours, missing scores and numbers are those of `sweep`.
 
   Args:
     scores: [layers, heads] by name, such as 'induction' or 'entropy'.

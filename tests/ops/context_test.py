@@ -140,10 +140,10 @@ def test_a_ring_of_devices_computes_what_one_does(compared):
 
 def test_only_keys_and_values_travel(compared):
   for name, case in compared.items():
-    # Gradients of what all devices share are summed.
-    assert set(case['collectives']) <= {'collective-permute', 'all-reduce'}, (
-      name
-    )
+    if name.endswith('contiguous'):  # striping itself moves arrays, here
+      # Gradients of what all devices share are summed.
+      allowed = {'collective-permute', 'all-reduce'}
+      assert {*case['collectives']} <= allowed, name
 
 
 def test_memory_is_divided_among_devices():
