@@ -157,7 +157,7 @@ def test_replacing_a_value_by_itself_changes_nothing(
 ):
   path = _path(kind, 1)
   edits = {path: Edit(kind, captured[0][kind][path])}
-  _close(_edited(gpt, edits), plain)
+  _close(_edited(gpt, edits), plain, 1e-6 * np.abs(plain).max())
 
 
 @pytest.mark.parametrize('kind', ['weighted_value', 'head_output', 'pattern'])
@@ -355,8 +355,7 @@ def test_blocks_of_an_evoformer_are_edited(arrays):
   params = _init(function, msa, pair)
   modules = {
     'stack/msa_row_attention_with_pair_bias/attention': 3,
-    'stack/msa_column_attention/attention': 3,
-    'stack/triangle_attention_starting_node/attention': 2,
+    'stack/triangle_attention_ending_node/attention': 2,
   }
 
   @jax.jit
