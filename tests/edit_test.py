@@ -151,6 +151,24 @@ def test_head_outputs_and_the_bias_sum_to_the_output(gpt, captured):
     _close(total, captured[0]['output'][path])
 
 
+def test_head_outputs_include_low_rank_updates(gpt):
+  _, tokens, _ = gpt
+  function = functools.partial(_gpt, lora={'rank': 2, 'alpha': 4.0})
+  params = _init(function, tokens)
+  path = 'gpt/block_1/attention'
+  logits, values = jax.jit(
+    lambda p, t: attention.capture(
+      function, p, t, what=('head_output', 'output'), layers=path
+    )
+  )(params, tokens)
+  shares, output = (values[kind][path] for kind in ('head_output', 'output'))
+  total = shares.sum(-2) + params[f'{path}/linear']['b']
+  _close(total, output, 1e-6 * np.abs(output).max())
+  model = hk.transform(function)
+  expected = jax.jit(model.apply)(params, None, tokens)
+  _close(logits, expected, 1e-6 * np.abs(expected).max())
+
+
 @pytest.mark.parametrize('kind', KINDS)
 def test_replacing_a_value_by_itself_changes_nothing(
   gpt, captured, plain, kind

@@ -182,26 +182,21 @@ class Interceptor:
     if is_haiku:
       heads = self._haiku_heads(module, heads, outer)
 
-    def shares(_):
-      one = jnp.eye(num_heads, dtype=heads.dtype)
-      alone = jnp.einsum('...hc,hg->h...gc', heads, one)
-      with_bias, module.with_bias = module.with_bias, False
-      value = call(_join(alone), **arguments)
-      module.with_bias = with_bias
-      return jnp.moveaxis(value, 0, -2)
-
-    def sum_of(shares):
-      bias = call(jnp.zeros_like(x), **arguments)
-      return _sum(shares) + bias
-
-    return self._visit_lazily(
-      module,
-      'head_output',
-      lambda: call(_join(heads), **arguments),
-      shares,
-      sum_of,
-      is_part=True,
-    )
+    visit = self._at(module, 'head_output', is_part=True)
+    if visit is None:
+      return call(_join(heads), **arguments)
+    # Of all heads, of none and of each alone. One call, as Haiku runs further
+    # interceptors (low-rank updates) in the first call only.
+    one = jnp.eye(num_heads, dtype=heads.dtype)
+    alone = jnp.einsum('...hc,hg->h...gc', heads, one)
+    rows = jnp.concatenate([heads[None], jnp.zeros_like(heads)[None], alone])
+    output, bias, *shares = call(_join(rows), **arguments)
+    exact = jnp.stack(shares, axis=-2).astype(jnp.float32)
+    exact = exact - bias[..., None, :].astype(jnp.float32)
+    shares = visit(exact.astype(output.dtype))
+    if not visit.is_edit:
+      return output
+    return jnp.where(visit.is_active, _sum(shares) + bias, output)
 
   def _haiku_heads(self, module, heads, outer):
     """The weighted values of `hk.MultiHeadAttention`."""

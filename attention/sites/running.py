@@ -40,11 +40,11 @@ def run(visitors, apply, params, state, leaves, rng, args, kwargs):
     intercepted = hk.intercept_methods(Interceptor(*visitors))
   with intercepted:
     output, after = apply(params, given, rng, *args, **kwargs)
-  own = {
-    path: {n: x for n, x in leaves.items() if n in state[path]}
-    for path, leaves in after.items()
-    if path in state
-  }
+  own = {}
+  for path, values in after.items():
+    added = leaves.get(path, {})
+    if kept := {name: x for name, x in values.items() if name not in added}:
+      own[path] = kept
   return output, own, after
 
 
