@@ -31,7 +31,7 @@ class Dropout:
   seed: object  # [2] uint32
   rate: float = dataclasses.field(metadata={'static': True})
   start: object = 0  # position of the first query
-  key_start: object = 0  # position of the first key
+  key_start: object = None  # position of the first key; 0 by default
   stride: int = dataclasses.field(metadata={'static': True}, default=1)
 
   @classmethod
@@ -63,7 +63,9 @@ class Dropout:
   def kept_at(self, row, queries, keys):
     """Return the same at positions, given as integer arrays that broadcast."""
     queries = self.start + self.stride * queries
-    keys = self.key_start + self.stride * keys
+    keys = self.stride * keys
+    if self.key_start is not None:
+      keys = self.key_start + keys
     row, queries, keys = (x.astype(jnp.uint32) for x in (row, queries, keys))
     line = _mix((_mix(row + self.seed[0]) ^ queries) + self.seed[1])
     bits = _mix(line ^ _mix(keys + self.seed[0]))
