@@ -98,9 +98,9 @@ class GPT(Transformer):
     causal = Mask.causal()
     layers, after = list(cache or ()), []
 
-    def block(name, layer, x):
+    def block(layer, x):
       module = self.block(
-        name,
+        f'block_{layer}',
         layer,
         w_init=init,
         output_w_init=residual_init,

@@ -46,7 +46,7 @@ class Ring(Implementation):
     def step(number, carry):
       *softmax, blocks = carry
       held = ring.held(number)
-      # Sent before the products, so that they hide the transfer.
+      # Sent before the products, which the transfer may overlap.
       after = ring.send(blocks)
 
       def attend(top, total, values):
@@ -214,10 +214,6 @@ class _Ring:
       return own, held
     return own * self.num_query, held * self.num_key
 
-  def _place(self, held):
-    query, key = self._starts(held)
-    return functools.partial(Placed, query=query, key=key, stride=self.stride)
-
   def options_of(self, held, ids):
     """The options of this device's queries and a device's keys."""
     options, ids = self.options, iter(ids)
@@ -228,7 +224,7 @@ class _Ring:
         return Dense(self._columns(condition.array, held))
       if isinstance(condition, Segments):
         return Segments(condition.query_ids, next(ids))
-      return self._place(held)(condition)
+      return Placed(condition, query, key, self.stride)
 
     mask = None
     if options.mask is not None:
