@@ -1,16 +1,17 @@
-"""Compare greedy decoding to transformers, on the CPU.
+"""Compare greedy decoding to transformers, on the CPU or a GPU.
 
-  python benchmarks/decode.py [--size=gpt|llama] [--rounds=7] \\
-    [--batch_sizes=1,16] [--recompute]
+  python benchmarks/decode.py [--size=gpt|llama|llama8b] [--rounds=7] \\
+    [--batch_sizes=1,16] [--dtypes=float32,bfloat16] [--recompute] [--no_peers]
 
 The models generate tokens after a prompt of 64: a GPT of 10.7 M parameters (6
 layers, 6 heads, width 384, vocabulary of 65) 256 tokens, a Llama of 125 M
 parameters (12 layers, 12 heads, 4 key heads, width 768, vocabulary of 32,000)
-64 tokens. The peers are transformers' `generate` with its cache, on the same
-weights in float32 and bfloat16, and our own model without a cache
-(--recompute). The peers' tokens are compared with ours. All take turns in one
-process. The table shows medians over the rounds, and medians of the per-round
-ratios.
+64 tokens, and one of 8.0 B parameters (Llama 3's shape, which needs a GPU and
+--dtypes=bfloat16) 64 tokens. The peers are transformers' `generate` with its
+cache, on the same weights in float32 and bfloat16 (--no_peers omits them), and
+our own model without a cache (--recompute). The peers' tokens are compared with
+ours. All take turns in one process. The table shows medians over the rounds,
+and medians of the per-round ratios.
 """
 
 # ruff: noqa: E402
@@ -40,7 +41,18 @@ from attention.models.gpt import window_step
 from attention.ops.cache import Cache
 
 PROMPT = 64
-NEW = {'gpt': 256, 'llama': 64}
+NEW = {'gpt': 256, 'llama': 64, 'llama8b': 64}
+DEVICE = 'cuda' if jax.default_backend() == 'gpu' else 'cpu'
+LLAMA = dict(
+  positions='rotary',
+  norm_kind='rms',
+  activation='swiglu',
+  with_feed_forward_bias=False,
+  fused_qkv=False,
+)
+LLAMA_ATTENTION = dict(
+  with_bias=False, with_output_bias=False, rotary=dict(pairs='halves')
+)
 FIELDS = {
   'gpt': dict(
     vocab_size=65,
@@ -56,30 +68,38 @@ FIELDS = {
     num_heads=12,
     model_size=768,
     hidden_size=2944,
-    positions='rotary',
-    norm_kind='rms',
-    activation='swiglu',
-    with_feed_forward_bias=False,
-    fused_qkv=False,
-    attention=dict(
-      num_kv_heads=4,
-      with_bias=False,
-      with_output_bias=False,
-      rotary=dict(pairs='halves'),
-    ),
+    attention=LLAMA_ATTENTION | dict(num_kv_heads=4),
+    **LLAMA,
+  ),
+  'llama8b': dict(
+    vocab_size=128_256,
+    context_size=PROMPT + NEW['llama8b'],
+    num_layers=32,
+    num_heads=32,
+    model_size=4096,
+    hidden_size=14_336,
+    tie_embedding=False,
+    attention=LLAMA_ATTENTION | dict(num_kv_heads=8),
+    **LLAMA,
   ),
 }
 
 
-def our_model(fields):
+def our_model(fields, dtype):
+  """Create our model and parameters, which are the same in every dtype."""
   model = hk.without_apply_rng(
     hk.transform(
       lambda tokens, **more: models.create('gpt', **fields)(tokens, **more)
     )
   )
-  params = model.init(jax.random.key(0), np.zeros((1, 2), int))
-  # Scaled up, so that the most likely token is unambiguous.
-  return model, jax.tree.map(lambda p: p * 3, params)
+
+  @jax.jit
+  def init(key):
+    params = model.init(key, np.zeros((1, 2), int))
+    # Scaled up, so that the most likely token is unambiguous.
+    return jax.tree.map(lambda p: (p * 3).astype(dtype), params)
+
+  return model, init(jax.random.key(0))
 
 
 def ours(model, params, prompt, new):
@@ -114,13 +134,17 @@ def peer(fields, params, dtype):
   """Create transformers' model with our parameters."""
   with tempfile.TemporaryDirectory() as folder:
     interop.save(folder, fields, params)
-    return transformers.AutoModelForCausalLM.from_pretrained(
-      folder, dtype=getattr(torch, dtype)
-    ).eval()
+    return (
+      transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=getattr(torch, dtype)
+      )
+      .eval()
+      .to(DEVICE)
+    )
 
 
 def generate(network, prompt, new):
-  prompt = torch.from_numpy(np.array(prompt, np.int64))
+  prompt = torch.from_numpy(np.array(prompt, np.int64)).to(DEVICE)
   with torch.inference_mode():
     tokens = network.generate(
       prompt,
@@ -130,7 +154,7 @@ def generate(network, prompt, new):
       use_cache=True,
       pad_token_id=0,
     )
-  return tokens[:, PROMPT:].numpy()
+  return tokens[:, PROMPT:].cpu().numpy()
 
 
 def describe_memory(compiled, fields, batch_size, itemsize):
@@ -156,13 +180,20 @@ def main():
   parser.add_argument(
     '--recompute', action='store_true', help='include decoding without a cache'
   )
+  parser.add_argument(
+    '--no_peers', action='store_true', help='omit transformers'
+  )
   parser.add_argument('--dtypes', default='float32,bfloat16')
   arguments = parser.parse_args()
   fields, new = FIELDS[arguments.size], NEW[arguments.size]
   dtypes = arguments.dtypes.split(',')
-  model, params = our_model(fields)
+  weights = {}
+  for dtype in dtypes:
+    model, weights[dtype] = our_model(fields, dtype)
+  params = weights[dtypes[0]]
   count = sum(p.size for p in jax.tree.leaves(params))
-  networks = {dtype: peer(fields, params, dtype) for dtype in dtypes}
+  peers = [] if arguments.no_peers else dtypes
+  networks = {dtype: peer(fields, params, dtype) for dtype in peers}
   console = Console()
   table = Table('batch', '', 'tokens/s', 'time ratio to first', 'tokens')
   for batch_size in map(int, arguments.batch_sizes.split(',')):
@@ -170,8 +201,7 @@ def main():
     prompt = rng.integers(0, fields['vocab_size'], (batch_size, PROMPT))
     contestants = {}
     for dtype in dtypes:
-      weights = jax.tree.map(lambda p, dtype=dtype: p.astype(dtype), params)
-      compiled, inputs = ours(model, weights, prompt, new)
+      compiled, inputs = ours(model, weights[dtype], prompt, new)
       contestants[f'attention, {dtype}'] = functools.partial(compiled, *inputs)
       itemsize = jnp.dtype(dtype).itemsize
       console.print(
@@ -205,10 +235,10 @@ def main():
       )
   versions = f'jax {jax.__version__}, torch {torch.__version__}'
   versions += f', transformers {transformers.__version__}'
-  table.caption = (
-    f'{count / 1e6:.1f} M parameters; {versions}, {torch.get_num_threads()} '
-    'threads'
-  )
+  place = f'{torch.get_num_threads()} threads'
+  if DEVICE == 'cuda':
+    place = jax.devices()[0].device_kind
+  table.caption = f'{count / 1e6:,.1f} M parameters; {versions}; {place}'
   console.print(table)
 
 
