@@ -78,7 +78,7 @@ FIELDS = {
     num_heads=32,
     model_size=4096,
     hidden_size=14_336,
-    tie_embedding=False,
+    with_tied_output=False,
     attention=LLAMA_ATTENTION | dict(num_kv_heads=8),
     **LLAMA,
   ),

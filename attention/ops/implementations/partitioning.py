@@ -18,10 +18,9 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
 from attention.ops.biases import Relative
+from attention.ops.meshes import BATCH, CONTEXT, TENSOR
 
 _leaves = jax.tree.leaves
-# Axes of the mesh of a run.
-BATCH, TENSOR, CONTEXT = ('data', 'fsdp'), 'tensor', 'context'
 
 
 def run(function, over_positions, gradients: bool, *arguments):

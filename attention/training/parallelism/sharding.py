@@ -14,6 +14,8 @@ from jax.sharding import (
   PartitionSpec,
 )
 
+from attention.ops.meshes import BATCH, CONTEXT
+
 # Parameters sharded over 'tensor', by name, and the axis that is sharded,
 # counted from the end: the head axis or the feed-forward width. Each matrix
 # product with a sharded output is followed by one that contracts that axis.
@@ -24,7 +26,6 @@ _TENSOR = {
   r'/gating_b$': -2,
   r'/output_w$': -3,
 }
-_BATCH = ('data', 'fsdp')  # mesh axes that the batch is sharded over
 
 
 def make_mesh(
@@ -115,10 +116,10 @@ def batched(mesh: Mesh, shape: tuple = ()) -> NamedSharding:
   The leading axis is sharded over the batch axes of the mesh, and positions
   over 'context' if it divides them.
   """
-  spec = [_BATCH]
-  size = mesh.shape.get('context', 1)
+  spec = [BATCH]
+  size = mesh.shape.get(CONTEXT, 1)
   if size > 1 and len(shape) > 1 and shape[1] % size == 0:
-    spec.append('context')
+    spec.append(CONTEXT)
   return NamedSharding(mesh, PartitionSpec(*spec))
 
 
@@ -134,9 +135,9 @@ def place(batch: dict, mesh: Mesh) -> dict:
 
 def check_context(batch: dict, mesh: Mesh) -> None:
   """Raise ValueError if 'context' shards no array of the batch."""
-  size = mesh.shape.get('context', 1)
+  size = mesh.shape.get(CONTEXT, 1)
   shapes = [x.shape for x in batch.values()]
-  if size > 1 and not any('context' in batched(mesh, s).spec for s in shapes):
+  if size > 1 and not any(CONTEXT in batched(mesh, s).spec for s in shapes):
     lengths = {shape[1] for shape in shapes if len(shape) > 1}
     raise ValueError(
       'training.mesh.context: expected a divisor of the length of sequences, '
@@ -213,7 +214,7 @@ def data_parallel(function, mesh: Mesh):
   return jax.shard_map(
     share,
     mesh=mesh,
-    in_specs=(whole, whole, PartitionSpec(_BATCH), whole),
+    in_specs=(whole, whole, PartitionSpec(BATCH), whole),
     out_specs=whole,
     check_vma=False,
   )

@@ -1,0 +1,51 @@
+"""The mesh that a program is traced for.
+
+Runs trace their programs with their mesh in context, and anyone can with
+`jax.set_mesh`. Layers then divide their work over its axes themselves, in
+`jax.shard_map`, where XLA could not or would gather whole arrays.
+"""
+
+import jax
+from jax.sharding import AbstractMesh, PartitionSpec
+
+# Axes of the mesh of a run.
+BATCH, TENSOR, CONTEXT, PAIRS = ('data', 'fsdp'), 'tensor', 'context', 'pairs'
+
+
+def in_context() -> AbstractMesh | None:
+  """Return the mesh in context; None without one, or inside `shard_map`."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return None if mesh.empty or mesh.manual_axes else mesh
+
+
+def size(axis: str | None) -> int:
+  """Return the number of devices along an axis; 1 if no mesh has it."""
+  mesh = in_context()
+  return 1 if mesh is None else mesh.shape.get(axis, 1)
+
+
+def per_device(function, in_specs, out_specs):
+  """Return a function of whole arrays that each device computes on its shards.
+
+  Args:
+    function: takes and returns one device's shards.
+    in_specs: pytree of `PartitionSpec` for the arguments.
+    out_specs: the same for the results.
+  """
+  return jax.shard_map(
+    function,
+    mesh=in_context(),
+    in_specs=in_specs,
+    out_specs=out_specs,
+    check_vma=False,
+  )
+
+
+def cut(x, axis: int, name: str | None):
+  """Constrain an array to be sharded along one of its axes, if it can be."""
+  count = size(name)
+  if count == 1 or x.shape[axis] % count:
+    return x
+  spec = [PartitionSpec.UNCONSTRAINED] * x.ndim
+  spec[axis] = name
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
