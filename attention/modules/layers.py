@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from attention.ops.dropout import Dropout, check_rate
-from attention.ops.implementations.partitioning import CONTEXT
+from attention.ops.meshes import CONTEXT
 
 
 class Stream(hk.Module):
