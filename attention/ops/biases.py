@@ -180,7 +180,7 @@ class Relative(Bias):
 class PlacedRelative(Relative):
   """A bias at distances offset + stride · d of a shard's distances d.
 
-  Its gradient is that of the bias it places.
+  Its gradient is that of the bias it places, at the same offset.
   """
 
   bias: object  # Relative
@@ -201,8 +201,18 @@ class PlacedRelative(Relative):
     distance = self.offset + self.stride * distance
     return self.bias.add_gradient_at(gradient, d_tile, distance)
 
+  def distance_gradient(self, gradient, num_query, num_key):
+    exact = jax.tree.map(lambda x: x.astype(jnp.float32), self.bias)
+
+    def by_distance(bias):
+      placed = dataclasses.replace(self, bias=bias)
+      return placed.by_distance(num_query, num_key)
+
+    _, vjp = jax.vjp(by_distance, exact)
+    return self.finish_gradient(vjp(gradient)[0])
+
   def finish_gradient(self, gradient):
-    return self.bias.finish_gradient(gradient)
+    return dataclasses.replace(self, bias=self.bias.finish_gradient(gradient))
 
 
 @jax.tree_util.register_dataclass

@@ -6,6 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from attention.ops.batching import take_block, take_rows
 
@@ -220,16 +221,26 @@ class Placed(Condition):
       self.query + self.stride * queries, self.key + self.stride * keys
     )
 
-  def diagonals(self):
-    # Starts may be traced; those of striped shards differ by less than stride.
-    if self.stride == 1:
-      return None, None
-    low, high = self.condition.diagonals()
-    slack = self.stride - 1
-    return (
-      None if low is None else -((slack - low) // self.stride),
-      None if high is None else (high + slack) // self.stride,
-    )
+  def key_range(self, first, last):
+    return self._range(self.condition.key_range, first, last, 'query', 'key')
+
+  def query_range(self, first, last):
+    return self._range(self.condition.query_range, first, last, 'key', 'query')
+
+  def _range(self, find, first, last, given, found):
+    """Convert a range of positions to a shard's; below 0, the bounds are -1."""
+    given, start = getattr(self, given), getattr(self, found)
+    first, last = (given + self.stride * x for x in (first, last))
+    low, high = find(first, last)
+    if low is not None:
+      low = self._divide(low - start + self.stride - 1)
+    if high is not None:
+      high = self._divide(high - start)
+    return low, high
+
+  def _divide(self, x):
+    # Kernels have no floor division: shift what they truncate above 0.
+    return lax.div(jnp.maximum(x, -1) + self.stride, self.stride) - 1
 
 
 class Dense(Condition):

@@ -5,6 +5,9 @@ Runs trace their programs with their mesh in context, and anyone can with
 `jax.shard_map`, where XLA could not or would gather whole arrays.
 """
 
+import contextlib
+import threading
+
 import jax
 from jax.sharding import AbstractMesh, PartitionSpec
 
@@ -39,6 +42,36 @@ def per_device(function, in_specs, out_specs):
     out_specs=out_specs,
     check_vma=False,
   )
+
+
+_local = threading.local()
+
+
+def vmap(function, in_axes=0):
+  """Map a function over a batch, as `jax.vmap`; a mesh in context shards it."""
+
+  def mapped(*arguments):
+    with _in_batch():
+      return function(*arguments)
+
+  mesh = in_context()
+  is_sharded = mesh is not None and {*BATCH} <= mesh.shape.keys()
+  return jax.vmap(mapped, in_axes, spmd_axis_name=BATCH if is_sharded else None)
+
+
+def in_batch() -> bool:
+  """Whether a function is traced inside `vmap`: the batch axis is hidden."""
+  return getattr(_local, 'in_batch', False)
+
+
+@contextlib.contextmanager
+def _in_batch():
+  before = in_batch()
+  _local.in_batch = True
+  try:
+    yield
+  finally:
+    _local.in_batch = before
 
 
 def cut(x, axis: int, name: str | None):

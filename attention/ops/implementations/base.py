@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +36,16 @@ class Implementation:
     Masks and dropout have none (None).
     """
     raise NotImplementedError
+
+  def of_blocks(
+    self, query, key, value, options: Options
+  ) -> 'Implementation | None':
+    """Return an implementation for blocks of the keys, or None; shapes suffice.
+
+    Its residuals are the largest logit, and the natural logarithm of the
+    denominator relative to it.
+    """
+    del query, key, value, options
 
   def __call__(self, query, key, value, options: Options):
     return _attend(self, query, key, value, options)
@@ -125,22 +134,32 @@ class Partitioned(Implementation):
 
   whole: Implementation
 
-  over_positions: Callable  # mesh axes -> an implementation that they cut
+  def forward(self, *arguments):
+    return partitioning.run(self.whole.forward, False, *arguments)
+
+  def backward(self, *arguments):
+    return partitioning.run(self.whole.backward, True, *arguments)
+
+
+@dataclasses.dataclass(frozen=True)
+class OverMesh(Implementation):
+  """An implementation that devices of the mesh in context run on their shards.
+
+  Programs say so themselves, so that it holds on every platform, and for axes
+  of positions.
+  """
+
+  whole: Implementation
+  axes: tuple  # pairs (axis of the arguments, mesh axes); see `partitioning`
 
   def forward(self, *arguments):
-    return partitioning.run(
-      self.whole.forward,
-      lambda axes: self.over_positions(axes).forward,
-      False,
-      *arguments,
+    return partitioning.run_over_mesh(
+      self.whole.forward, dict(self.axes), False, *arguments
     )
 
   def backward(self, *arguments):
-    return partitioning.run(
-      self.whole.backward,
-      lambda axes: self.over_positions(axes).recompute_backward,
-      True,
-      *arguments,
+    return partitioning.run_over_mesh(
+      self.whole.backward, dict(self.axes), True, *arguments
     )
 
 

@@ -1,12 +1,14 @@
-"""Partitioning of attention where XLA partitions a program over devices.
+"""Attention in programs over several devices.
 
-XLA can't partition a kernel: it would gather its operands on every device.
 Batch axes and heads need no communication, so each device computes its own
 shard. Only gradients of operands that several rows share, such as a pair bias,
-are summed over devices. If the mesh axis `CONTEXT` cuts the positions of
-queries and keys of self-attention, keys and values travel around a ring (see
-`ring`). The TPU compiler has no hook for this: see
-`platforms.PARTITIONED_TPUS`.
+are summed over devices.
+
+XLA can't partition a kernel: it would gather its operands on every device. With
+the mesh of a run in context (see `meshes`), the program itself divides the
+work, over batches, heads, and the positions of self-attention. Without one,
+`run` tells XLA's partitioner how to, for batches and heads. The TPU compiler
+has no hook for that: see `platforms.PARTITIONED_TPUS`.
 """
 
 import dataclasses
@@ -17,53 +19,40 @@ import jax.numpy as jnp
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
+from attention.ops import meshes
 from attention.ops.biases import Relative
 from attention.ops.meshes import BATCH, CONTEXT, TENSOR
 
 _leaves = jax.tree.leaves
 
 
-def run(function, over_positions, gradients: bool, *arguments):
-  """Compute function(*arguments), with each device computing its shard.
+def run(function, gradients: bool, *arguments):
+  """Compute function(*arguments), partitioned where XLA partitions the program.
 
   Args:
     function: takes (query, key, value, options, *others) and closes over no
       arrays; its results are laid out like its arguments.
-    over_positions: a function of mesh axes that returns what replaces
-      `function` where these axes cut the positions.
     gradients: whether it returns the gradients of query, key, value and
       options, instead of [*b, q, h, e] and two arrays [*b, q, h].
     *arguments: the function's arguments; the others are [*b, q, h, …].
   """
   leaves, tree = jax.tree.flatten(arguments)
+  names = _names(arguments, gradients, with_positions=False)
 
   @jax.jit  # holds constants, which `custom_partitioning` does not accept
   def flat(*leaves):
     return _leaves(function(*jax.tree.unflatten(tree, leaves)))
 
   shapes = jax.eval_shape(function, *arguments)
-  names = _names(arguments, gradients)
 
   def partition(mesh, infos, _):
     axes_of = _partitioned_axes(mesh, infos, *names[0][:2])
-
-    def compute_shard(*leaves):
-      arguments = list(jax.tree.unflatten(tree, leaves))
-      arguments[3] = _dropout_per_device(arguments[3], axes_of)
-      compute = function
-      if 't' in axes_of:
-        compute = over_positions(axes_of['t'])
-      results = _leaves(compute(*arguments))
-      return [
-        _sum_over_devices(x, n, axes_of)
-        for x, n in zip(results, names[1], strict=True)
-      ]
-
     results, inputs = (
-      [NamedSharding(mesh, PartitionSpec(*map(axes_of.get, n))) for n in of]
-      for of in (names[1], names[0])
+      [NamedSharding(mesh, spec) for spec in _specs(n, axes_of)]
+      for n in names[::-1]
     )
-    return mesh, compute_shard, results, tuple(inputs)
+    compute = _on_shards(function, tree, names[1], axes_of)
+    return mesh, compute, results, tuple(inputs)
 
   whole = custom_partitioning(flat)
   query, key = arguments[:2]
@@ -80,26 +69,83 @@ def run(function, over_positions, gradients: bool, *arguments):
   return jax.tree.unflatten(jax.tree.structure(shapes), mapped(*leaves))
 
 
-def constrain(x):
-  """Shard [*b, t, h, c] over a run's mesh, where JAX knows it.
+def run_over_mesh(function, axes_of: dict, gradients: bool, *arguments):
+  """Compute function(*arguments) on the shards of the mesh in context.
 
-  Shards of a parameter could otherwise spread to its products, and divide the
-  heads and their channels.
+  Args:
+    function: as in `run`.
+    axes_of: from `axes_in_context`.
+    gradients: as in `run`.
+    *arguments: as in `run`.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  sizes = dict(mesh.shape)
-  if not {*BATCH, TENSOR, CONTEXT} <= sizes.keys() or mesh.manual_axes:
-    return x
-  axes = [BATCH, CONTEXT, TENSOR]
-  spec = [None] * x.ndim
-  for at, names in zip((0, x.ndim - 3, x.ndim - 2), axes, strict=True):
-    count = math.prod(sizes[n] for n in names) if at == 0 else sizes[names]
-    if x.shape[at] % count == 0:
-      spec[at] = names
-  return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+  leaves, tree = jax.tree.flatten(arguments)
+  names = _names(arguments, gradients)
+  found = []
+
+  def structured(*arguments):
+    results = function(*arguments)
+    found.append(jax.tree.structure(results))
+    return results
+
+  inputs, results = (_specs(n, axes_of) for n in names)
+  compute = _on_shards(structured, tree, names[1], axes_of)
+  results = meshes.per_device(compute, tuple(inputs), results)(*leaves)
+  return jax.tree.unflatten(found[0], results)
 
 
-def _names(arguments, gradients):
+def axes_in_context(query, key, value, options) -> dict | None:
+  """Return which axes of a run's mesh divide which axes of the arguments.
+
+  Returns:
+    {'b0': mesh axes of the batch, 't': of positions in self-attention, 'h': of
+    heads, 'g': of key heads}, without those that are not divided. None without
+    the mesh of a run over several devices.
+  """
+  mesh = meshes.in_context()
+  if mesh is None or not {*BATCH, TENSOR, CONTEXT} <= mesh.shape.keys():
+    return None
+  if mesh.size == 1:
+    return None
+  names = _names((query, key, value, options), False)[0]
+  of_query, of_key = names[:2]
+  wanted = {'b0': BATCH, 't': (CONTEXT,), 'h': (TENSOR,), 'g': (TENSOR,)}
+  sizes = dict(zip(of_key, key.shape, strict=True))
+  sizes |= dict(zip(of_query, query.shape, strict=True))
+  if meshes.in_batch():
+    del wanted['b0']
+
+  def is_divided(name):
+    count = math.prod(mesh.shape[a] for a in wanted[name])
+    return count > 1 and name in sizes and sizes[name] % count == 0
+
+  found = {name: axes for name, axes in wanted.items() if is_divided(name)}
+  if (
+    'g' in of_key and 'g' not in found
+  ):  # query heads stay with their key heads
+    found.pop('h', None)
+  return found
+
+
+def _on_shards(function, tree, names, axes_of):
+  """Make a function of one device's leaves that returns its results' leaves."""
+
+  def compute(*leaves):
+    arguments = list(jax.tree.unflatten(tree, leaves))
+    arguments[3] = _dropout_per_device(arguments[3], axes_of)
+    results = _leaves(function(*arguments))
+    return [
+      _sum_over_devices(x, n, axes_of)
+      for x, n in zip(results, names, strict=True)
+    ]
+
+  return compute
+
+
+def _specs(names, axes_of):
+  return [PartitionSpec(*map(axes_of.get, each)) for each in names]
+
+
+def _names(arguments, gradients, with_positions=True):
   """Name the axes of (arguments, results); None is not partitioned.
 
   Batch axes are 'b0', 'b1', …, positions 't' in self-attention, heads 'h' and
@@ -108,7 +154,8 @@ def _names(arguments, gradients):
   query, key, _, options, *others = arguments
   batch = [f'b{i}' for i in range(query.ndim - 3)]
   sizes = dict(zip((*batch, 't', 'h'), query.shape, strict=False))
-  if query.shape[-3] != key.shape[-3] or options.vector is not None:
+  is_whole = query.shape[-3] != key.shape[-3] or options.vector is not None
+  if is_whole or not with_positions:
     del sizes['t']
   positions = 't' if sizes.get('t', 1) > 1 else None
 
@@ -158,19 +205,16 @@ def _rule(names, num_heads, num_groups):
       return lone[-1]
     return words.get(name, name)
 
-  of_inputs, _ = names
   inputs, results = (
     ', '.join(' '.join(map(word, n)) for n in each) for each in names
   )
   special['need_replication_factors'] = tuple(lone)
-  if any('t' in names for names in of_inputs):
-    special['permutation_factors'] = ('t',)
   return f'{inputs} -> {results}', special
 
 
 def _partitioned_axes(mesh, infos, query_names, key_names):
   """Return the mesh axes that partition query and key, by axis name."""
-  axes_of, cut = {}, []
+  axes_of = {}
   for info, names in zip(infos, (query_names, key_names), strict=False):
     spec = getattr(info.sharding, 'spec', ())
     for name, axes, size in zip(names, spec, info.shape, strict=False):
@@ -178,9 +222,6 @@ def _partitioned_axes(mesh, infos, query_names, key_names):
       count = math.prod(mesh.shape[a] for a in axes)
       if name and axes and size % count == 0:
         axes_of[name] = axes
-        cut += [axes] if name == 't' else []
-  if cut != [(CONTEXT,)] * 2:  # others store parameters, and cut by accident
-    axes_of.pop('t', None)
   if 'g' in key_names:  # query heads stay with their key heads
     axes_of['h'] = axes_of['g'] = axes_of.get('g', ())
   return {name: axes for name, axes in axes_of.items() if axes}

@@ -50,15 +50,29 @@ class Chunked(Implementation):
     loop = self._loop(query, key, options)
     return loop.backward(query, key, value, options, *others)
 
+  def of_blocks(self, query, key, value, options):
+    del value, options
+    return self._tile_loop(query, key)
+
+  def _tile_loop(self, query, key):
+    if self.is_cpu:
+      return TileLoop()
+    heads, queries, keys = query.shape[-2], query.shape[-3], key.shape[-3]
+    return TileLoop(Tiles.choose(heads, queries, keys, _ACCELERATOR_SIZE))
+
   def _loop(self, query, key, options):
     heads, queries, keys = query.shape[-2], query.shape[-3], key.shape[-3]
     row = heads * queries * keys
     if options.vector is not None:
       return QueryLoop() if self.is_cpu else QueryLoop(size=_ACCELERATOR_SIZE)
     if self.is_cpu:
-      return BatchLoop() if row <= _CPU_ROW else TileLoop()
+      return (
+        BatchLoop()
+        if row <= _CPU_ROW
+        else self.of_blocks(query, key, None, options)
+      )
     if row <= _ACCELERATOR_SIZE:
       return BatchLoop(
         forward_size=_ACCELERATOR_SIZE, backward_size=_ACCELERATOR_SIZE
       )
-    return TileLoop(Tiles.choose(heads, queries, keys, _ACCELERATOR_SIZE))
+    return self._tile_loop(query, key)

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attention.ops.implementations.base import Implementation
+from attention.ops.implementations.fused.operands import LOG2E
 
 _MAX_CHANNELS = 256  # per head
 _MIN_LENGTH = 64  # queries and keys, on TPUs
@@ -57,6 +58,9 @@ class _Kernels(Implementation):
 
   module: str
 
+  def of_blocks(self, *_):
+    return _InNats(self)
+
   def forward(self, *arguments):
     return self._module.forward(self, *arguments)
 
@@ -66,6 +70,24 @@ class _Kernels(Implementation):
   @property
   def _module(self):
     return importlib.import_module(f'{__name__}.{self.module}')
+
+
+@dataclasses.dataclass(frozen=True)
+class _InNats(Implementation):
+  """Kernels, whose residuals are base 2, with natural logarithms."""
+
+  kernels: Implementation
+
+  def forward(self, *arguments):
+    output, *residuals = self.kernels.forward(*arguments)
+    return output, *(x / LOG2E for x in residuals)
+
+  def backward(self, query, key, value, options, output, *residuals_and_output):
+    *residuals, d_output = residuals_and_output
+    residuals = [x * LOG2E for x in residuals]
+    return self.kernels.backward(
+      query, key, value, options, output, *residuals, d_output
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -133,13 +133,22 @@ def prepare(query, key, value, options):
   )
   dropout = options.dropout
   if dropout is not None:
-    start = jnp.asarray(dropout.start, jnp.int32).reshape(1)
-    dropout = dataclasses.replace(dropout, start=start)
+    dropout = dataclasses.replace(
+      dropout,
+      start=_in_memory(dropout.start),
+      key_start=_in_memory(dropout.key_start),
+    )
   flat = (x.reshape(shape.rows, *x.shape[-3:]) for x in (query, key, value))
   operands = Operands(
     bias, conditions, options.sinks, dropout, options.scale, options.logit_cap
   )
   return shape, (*flat, operands)
+
+
+def _in_memory(position):
+  """A position as an array, which kernels can refer to; None stays."""
+  if position is not None:
+    return jnp.asarray(position, jnp.int32).reshape(1)
 
 
 def is_per_row(x) -> bool:

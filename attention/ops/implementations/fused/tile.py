@@ -72,8 +72,13 @@ class Tile:
     dropout = self.options.dropout
     if dropout is None:
       return weights
-    seed = dropout.seed[0], dropout.seed[1]
-    dropout = dataclasses.replace(dropout, seed=seed, start=dropout.start[0])
+    key_start = None if dropout.key_start is None else dropout.key_start[0]
+    dropout = dataclasses.replace(
+      dropout,
+      seed=(dropout.seed[0], dropout.seed[1]),
+      start=dropout.start[0],
+      key_start=key_start,
+    )
     number = self.row * self.shape.heads + self.head
     kept = dropout.kept_at(number, self.queries, self.keys)
     return jnp.where(kept, weights * (1 / (1 - dropout.rate)), 0.0)
