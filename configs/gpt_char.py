@@ -10,6 +10,7 @@
 | (default) | 4 × 4 × 128, 64, 12, 2,000 | 0.81 M |
 | base | 6 × 6 × 384, 256, 64, 5,000, dropout 0.2, bfloat16 | 10.8 M |
 | gpt2 | 12 × 12 × 768, 1,024, 512 in 8 parts, 20,000, bfloat16 | 124.5 M |
+| 7b | 32 × 32 × 4,096, 131,072, 16, 100,000, bfloat16 | 6.7 B |
 | debug | 2 × 2 × 16, 16, 4, 30 | 8 k |
 
 Default size, Tiny Shakespeare (sha256 86c4e6aa…, --config.data.path=input.txt):
@@ -36,6 +37,9 @@ such as GPT-2's own, and pads the vocabulary to 50,304, a multiple of 128. A
 step has 524,288 tokens, a run 10.5 billion; the text must fit into memory, and
 the default text is far too short. Neither size has been run to its end.
 
+`7b` has Llama 2's shape. It is there to plan long contexts on many devices; see
+docs/guides/plans.md. It has not been run.
+
 `gpt2` for 200 steps on an NVIDIA H200: 486,000 tokens/s, 42% of the peak, at
 most 37.3 GiB, compiled in 31 s (JAX 0.11.2, 2026-11-26):
   python train.py --config=configs/gpt_char.py:gpt2 --workdir=runs/gpt2 \\
@@ -49,8 +53,14 @@ _MIXED = 'params=float32,compute=bfloat16,output=float32'
 
 
 def get_config(size: str = '') -> ml_collections.ConfigDict:
-  """Returns the config of a size: '', 'debug', 'base' or 'gpt2'."""
-  sizes = {'': _default, 'debug': _debug, 'base': _base, 'gpt2': _gpt2}
+  """Returns the config of a size: '', 'debug', 'base', 'gpt2' or '7b'."""
+  sizes = {
+    '': _default,
+    'debug': _debug,
+    'base': _base,
+    'gpt2': _gpt2,
+    '7b': _7b,
+  }
   if size not in sizes:
     raise ValueError(f'size: expected one of {sorted(sizes)}, got {size!r}')
   return sizes[size]()
@@ -199,4 +209,31 @@ def _gpt2():
       'num_microbatches': 8,
     }
   )
+  return config
+
+
+def _7b():
+  config = _gpt2()
+  config.data.update(
+    {'vocab_size': 32_000, 'context_size': 131_072, 'batch_size': 16}
+  )
+  config.model.update(
+    {
+      'vocab_size': 32_000,
+      'num_layers': 32,
+      'num_heads': 32,
+      'model_size': 4_096,
+      'hidden_size': 11_008,
+      'positions': 'rotary',
+      'norm_kind': 'rms',
+      'activation': 'swiglu',
+      'with_feed_forward_bias': False,
+      'with_tied_output': False,
+      'use_scan': True,
+      'use_remat': True,
+    }
+  )
+  config.model.attention.update({'with_bias': False, 'with_output_bias': False})
+  config.optimizer.update({'learning_rate': 3e-4, 'warmup_steps': 2_000})
+  config.training.update({'steps': 100_000, 'num_microbatches': 1})
   return config

@@ -16,6 +16,7 @@ _MESHES = {
   'fsdp 8': dict(data=1, fsdp=8),
   'data 2 × fsdp 2 × tensor 2': dict(data=2, fsdp=2, tensor=2),
   'context 8': dict(data=1, context=8),
+  'data 4 × context 2': dict(data=4, context=2),
   'data 2 × tensor 2 × context 2': dict(data=2, tensor=2, context=2),
 }
 # Trains on each mesh, and resumes from the previous mesh's checkpoint.
