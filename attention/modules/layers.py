@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
+from attention.ops import meshes
 from attention.ops.dropout import Dropout, check_rate
-from attention.ops.meshes import CONTEXT
 
 
 class Stream(hk.Module):
@@ -47,7 +47,8 @@ class Embed(hk.Embed):
   """`hk.Embed` with a gradient that is accumulated over tokens in float32."""
 
   def __call__(self, ids):
-    table = self.embeddings
+    # XLA would rather gather the activations than a table cut over devices.
+    table = meshes.whole(self.embeddings)
     dtype = jnp.promote_types(table.dtype, jnp.float32)
     return table.astype(dtype)[ids].astype(table.dtype)
 
@@ -68,7 +69,7 @@ def linear(x, weights, bias=None, *, precision=None):
   Returns:
     [*b, o].
   """
-  is_cut = jax.sharding.get_abstract_mesh().shape.get(CONTEXT, 1) > 1
+  is_cut = meshes.size(meshes.CONTEXT) > 1
   flat = x if is_cut else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
   outputs = jnp.dot(flat, weights, precision=precision)
   if bias is not None:

@@ -74,6 +74,13 @@ def _in_batch():
     _local.in_batch = before
 
 
+def whole(x):
+  """Constrain an array to be replicated over a mesh in context."""
+  if in_context() is None:
+    return x
+  return jax.lax.with_sharding_constraint(x, PartitionSpec())
+
+
 def cut(x, axis: int, name: str | None):
   """Constrain an array to be sharded along one of its axes, if it can be."""
   count = size(name)

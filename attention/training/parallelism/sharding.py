@@ -149,9 +149,9 @@ def of_state(shapes, mesh: Mesh | AbstractMesh):
   """Add a sharding to each leaf of a tree of shapes.
 
   The head and feed-forward axes are sharded over 'tensor', and the largest
-  remaining axis over 'fsdp', provided that the mesh axis divides them. 'fsdp'
-  leaves vectors and scalars whole. Optimizer state is sharded like the
-  parameter it belongs to.
+  remaining axis over 'fsdp' and 'context', provided that the mesh axes divide
+  them. These leave vectors and scalars whole. Optimizer state is sharded like
+  the parameter it belongs to.
   """
 
   def place(path, x):
@@ -171,13 +171,18 @@ def _spec(name, shape, sizes):
       and shape[axis] % sizes['tensor'] == 0
     ):
       axes[axis] = 'tensor'
-  free = [
-    i
-    for i, axis in enumerate(axes)
-    if axis is None and shape[i] % sizes['fsdp'] == 0
-  ]
-  if sizes['fsdp'] > 1 and len(shape) > 1 and free:
-    axes[max(free, key=lambda i: shape[i])] = 'fsdp'
+  if len(shape) > 1:
+    for names in (('fsdp', CONTEXT), ('fsdp',), (CONTEXT,)):
+      names = tuple(n for n in names if sizes.get(n, 1) > 1)
+      count = math.prod(sizes[n] for n in names)
+      free = [
+        i
+        for i, axis in enumerate(axes)
+        if axis is None and shape[i] % count == 0
+      ]
+      if names and free:
+        axes[max(free, key=lambda i: shape[i])] = names
+        break
   return PartitionSpec(*axes)
 
 
