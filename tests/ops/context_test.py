@@ -102,6 +102,72 @@ for name, (arrays, arguments) in cases.items():
     }
 print(json.dumps(results))
 """
+# Compares kernels in a ring of two devices, in interpret mode, to one device.
+_KERNELS = """
+import sys
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, PartitionSpec as P
+import attention
+from attention import Mask
+from attention.ops.arguments import check
+from attention.ops.implementations import fused, ring
+
+jax.config.update('jax_num_cpu_devices', 2)
+kernels = {'gpu': fused.Triton(True), 'tpu': fused.Tpu(True, 128)}[sys.argv[1]]
+ring._LEAST = 32  # the ring sends several pieces
+rng = np.random.default_rng(0)
+draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+T, H, G, D = 128, 2, 1, 32
+arrays = (draw(1, T, H, D), draw(1, T, G, D), draw(1, T, G, D), draw(32, H),
+          draw(1, H, T, T))
+d_output = draw(1, T, H, D)
+more = dict(dropout_rate=0.3, dropout_rng=jax.random.key(1))
+cases = (
+  (False, lambda q, k, v, _, bias: ((q, k, v), dict(
+    bias=bias, is_causal=True, mask=Mask.lengths(key_lengths=np.array([99]))))),
+  (True, lambda q, k, v, table, _: ((q, k, v), dict(
+    bias=attention.relative_buckets(table), mask=Mask.window(40, 9), **more))),
+)
+
+def stripe(x, parts):
+  return x.reshape(1, -1, parts, *x.shape[2:]).swapaxes(1, 2).reshape(x.shape)
+
+def gradients(attend):
+  output, vjp = jax.vjp(attend, *arrays)
+  return output, *vjp(d_output)
+
+def over_devices(is_striped, case):
+  def local(*arrays):
+    arrays, arguments = case(*arrays)
+    checked = check(*arrays, num_shards=2, **arguments)
+    return ring.Ring('c', kernels, is_striped)(*checked)
+  cut = P(None, 'c')
+  over = jax.shard_map(
+    local, in_specs=(cut, cut, cut, P(), P(None, None, 'c')), out_specs=cut,
+    mesh=jax.make_mesh((2,), ('c',), axis_types=(AxisType.Auto,)),
+    check_vma=False)
+  def attend(*arrays):
+    if not is_striped:
+      return over(*arrays)
+    qkv = [stripe(x, 2) for x in arrays[:3]]
+    return stripe(over(*qkv, *arrays[3:]), T // 2)
+  return attend
+
+def on_one(case):
+  def attend(*arrays):
+    arrays, arguments = case(*arrays)
+    return attention.dot_product_attention(
+      *arrays, implementation='reference', **arguments)
+  return attend
+
+for is_striped, case in cases:
+  one = jax.jit(lambda: gradients(on_one(case)))()
+  over = jax.jit(lambda: gradients(over_devices(is_striped, case)))()
+  for a, b in zip(one, over, strict=True):
+    print(float(abs(a - b).max() / jnp.maximum(abs(a).max(), 1e-30)))
+"""
 _MEMORY = """
 import jax, jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec as P
@@ -124,9 +190,9 @@ for attend in (one, ring):
 """
 
 
-def _run(script):
+def _run(script, *words):
   done = subprocess.run(
-    [sys.executable, '-c', script], capture_output=True, text=True
+    [sys.executable, '-c', script, *words], capture_output=True, text=True
   )
   assert done.returncode == 0, done.stderr
   return done.stdout
@@ -157,6 +223,13 @@ def test_only_keys_and_values_travel(compared):
     if 'None' in n and 'collective-permute' not in c['collectives']
   ]
   assert {n.split()[0] for n in heads} == {'bias,', 'alibi,'}
+
+
+@pytest.mark.parametrize('device', ['gpu', 'tpu'])
+def test_kernels_run_inside_a_ring(device):
+  errors = [float(x) for x in _run(_KERNELS, device).split()]
+  assert len(errors) == 12
+  assert max(errors) < 2e-6
 
 
 def test_memory_is_divided_among_devices():

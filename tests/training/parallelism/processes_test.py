@@ -83,8 +83,15 @@ def test_two_processes_match_one_process_with_two_devices(start, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('killed', [0, 1])
-def test_a_killed_process_ends_the_other_with_an_error(start, tmp_path, killed):
-  processes = start('run', 2, 100_000)
+@pytest.mark.parametrize('axis', ['data', 'context'])
+def test_a_killed_process_ends_the_other_with_an_error(
+  start, tmp_path, killed, axis
+):
+  words = [
+    f'--config.training.mesh.data={2 if axis == "data" else 1}',
+    f'--config.training.mesh.context={2 if axis == "context" else 1}',
+  ]
+  processes = start('run', 2, 100_000, 'gpt_char', *words)
   while not _losses(tmp_path / 'run'):
     assert all(p.poll() is None for p in processes)
     time.sleep(0.1)
