@@ -71,7 +71,8 @@ def linear(x, weights, bias=None, *, precision=None):
   """
   is_cut = meshes.size(meshes.CONTEXT) > 1
   flat = x if is_cut else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-  outputs = jnp.dot(flat, weights, precision=precision)
+  outputs = jnp.dot(meshes.cut_batch(flat), weights, precision=precision)
+  outputs = meshes.cut_batch(outputs)
   if bias is not None:
     outputs = add(outputs, bias)
   return outputs.reshape(*x.shape[:-1], weights.shape[-1])

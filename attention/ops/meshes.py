@@ -6,6 +6,7 @@ Runs trace their programs with their mesh in context, and anyone can with
 """
 
 import contextlib
+import math
 import threading
 
 import jax
@@ -79,6 +80,22 @@ def whole(x):
   if in_context() is None:
     return x
   return jax.lax.with_sharding_constraint(x, PartitionSpec())
+
+
+def cut_batch(x):
+  """Constrain [b, …] or [b, t, …, c] to be sharded as a run's batch is.
+
+  Without it, XLA may shard activations like the parameters that they meet.
+  """
+  mesh = in_context()
+  if mesh is None or in_batch() or not {*BATCH, CONTEXT} <= mesh.shape.keys():
+    return x
+  spec = [PartitionSpec.UNCONSTRAINED] * x.ndim
+  axes = [BATCH, (CONTEXT,)] if x.ndim > 2 else [BATCH]
+  for i, names in enumerate(axes):
+    if x.shape[i] % math.prod(mesh.shape[n] for n in names) == 0:
+      spec[i] = names
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
 def cut(x, axis: int, name: str | None):
