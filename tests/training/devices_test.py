@@ -35,6 +35,18 @@ _TEXT = """HloModule step
   ROOT %less = pred[] fusion(%p), kind=kLoop, calls=%compare
 }
 
+%until (p: (s32[], f32[8])) -> pred[] {
+  %n = s32[]{:T(128)} constant(4)
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}
+
+%begin (p: f32[4]) -> (f32[4], f32[8]) {
+  %p = f32[4]{0} parameter(0)
+  %whole = f32[8]{0} all-gather(%p), dimensions={0}
+  ROOT %s = (f32[4]{0}, f32[8]{0}) custom-call(%whole), \
+custom_call_target="AsyncCollectiveStart"
+}
+
 %copies (p: f32[8]) -> f32[8] {
   %copy.1 = f32[8]{0} copy(%p)
   ROOT %copy.2 = f32[8]{0} copy(%p)
@@ -57,6 +69,8 @@ ENTRY %main (x: f32[8], y: bf16[4,2]) -> f32[8] {
   %w = (s32[], f32[8]{0}) while(%t), condition=%condition, body=%body, \
 backend_config={"known_trip_count":{"n":"3"}}
   %v = (s32[], f32[8]{0}) while(%t), condition=%condition, body=%body
+  %u = (s32[], f32[8]{0}) while(%t), condition=%until, body=%body
+  %h = (f32[4]{0}, f32[8]{0}) fusion(%x), kind=kOutput, calls=%begin
   %c = f32[8]{0} conditional(%k, %x, %x), \
 branch_computations={%copies, %update}, metadata={op_name="cond"}
   %d = f32[8]{0} conditional(%k, %x), true_computation=%update, \
@@ -74,12 +88,13 @@ all-gather-start(%x, /*index=1*/%y), dimensions={0}
 @pytest.mark.parametrize('turns', [0, 1, 5])
 def test_kernels_and_collectives_are_counted(turns):
   counts = hlo.count(_TEXT, turns)
-  # The call, the copy, the updates, and two kernels per loop iteration.
-  assert counts.kernels == 1 + 1 + 2 + 2 * (3 + turns)
+  # The call, the copy, the updates, a fusion that begins a collective, and one
+  # or two kernels per loop iteration.
+  assert counts.kernels == 1 + 1 + 2 + 1 + 4 + 2 * (3 + turns)
   assert counts.copies == 1
   assert counts.collectives == {
-    'all-gather': (1, 4 * 16 + 2 * 16),
-    'all-reduce': (3 + turns, (3 + turns) * 4 * 8),
+    'all-gather': (2, 4 * 16 + 2 * 16 + 4 * 8),
+    'all-reduce': (7 + turns, (7 + turns) * 4 * 8),
     'reduce-scatter': (1, 4 * 8),
   }
 

@@ -29,6 +29,9 @@ _CALLED = re.compile(r'\b(?:to_apply|calls)=%?([\w.\-]+)')
 _BODY = re.compile(r'\b(?:body|condition)=%?([\w.\-]+)')
 _BRANCHES = re.compile(r'_computations?=(%?[\w.\-]+|\{[^}]*\})')
 _TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_STARTED = 'custom_call_target="AsyncCollectiveStart"'
+_CONDITION = re.compile(r'\bcondition=%?([\w.\-]+)')
+_LIMIT = re.compile(r' = s32\[\]\S* constant\((\d+)\)')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,12 +75,11 @@ def count(text: str, turns: int = 1) -> Counts:
   def of_instruction(instruction, beside):
     kind, text = instruction.kind, instruction.text
     if kind in _KERNELS:
-      return {'computing': 1}
+      return {'computing': 1} | of_fused(kind, text)
     if kind == 'copy':
       return {'copies': 1}
     if kind == 'while':
-      known = _TURNS.search(text)
-      times = int(known[1]) if known else turns
+      times = _iterations(text, computations) or turns
       turn = sum(map(of_computation, _BODY.findall(text)), empty)
       return {key: times * number for key, number in turn.items()}
     if kind == 'conditional':
@@ -93,6 +95,18 @@ def count(text: str, turns: int = 1) -> Counts:
     taken = sum(beside[x].num_bytes for x in source.operands)
     return {name: 1, (name, 'bytes'): max(taken, instruction.num_bytes)}
 
+  def of_fused(kind, text):
+    """A collective that a TPU starts in a fusion, to overlap with others."""
+    lines = computations[_CALLED.search(text)[1]] if kind == 'fusion' else ()
+    if not any(_STARTED in line for line in lines):
+      return {}
+    beside = _parse(lines)
+    return next(
+      of_instruction(x, beside)
+      for x in beside.values()
+      if x.kind in _COLLECTIVES
+    )
+
   total = of_computation(entry)
   return Counts(
     total['computing'] + total['copies'],
@@ -103,6 +117,19 @@ def count(text: str, turns: int = 1) -> Counts:
       if total[name]
     },
   )
+
+
+def _iterations(text, computations):
+  """Return a loop's iterations, or None if they are unknown."""
+  if known := _TURNS.search(text):
+    return int(known[1])
+  # TPU programs do not say; loops of JAX count up to a constant.
+  limits = {
+    found[1]
+    for line in computations[_CONDITION.search(text)[1]]
+    if (found := _LIMIT.search(line))
+  }
+  return int(limits.pop()) if len(limits) == 1 else None
 
 
 def _split(text):
