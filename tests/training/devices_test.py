@@ -56,6 +56,14 @@ custom_call_target="AsyncCollectiveStart"
   ROOT %f = f32[8]{0} fusion(%p), kind=kLoop, calls=%fused
 }
 
+%compare (p: (s32[], f32[8])) -> pred[] {
+  ROOT %less = pred[] compare(%i, %j), direction=LT
+}
+
+%fused (p: f32[8]) -> f32[8] {
+  ROOT %n = f32[8]{0} negate(%p)
+}
+
 %apart (p: f32[8]) -> f32[2] {
   %p = f32[8]{0} parameter(0)
   ROOT %part = bf16[2]{0} reduce-scatter(%p), dimensions={0}, to_apply=%add
