@@ -174,5 +174,5 @@ def test_invalid_meshes_raise(axes, message):
 def test_data_uses_as_many_devices_as_divide_the_batch():
   mesh = sharding.make_mesh(7 * len(jax.devices()))
   assert isinstance(mesh, Mesh)
-  others = {'fsdp': 1, 'tensor': 1, 'context': 1}
+  others = {'fsdp': 1, 'tensor': 1, 'context': 1, 'pairs': 1}
   assert mesh.shape == {'data': len(jax.devices()), **others}
