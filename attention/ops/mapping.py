@@ -216,7 +216,7 @@ def _floats(arrays):
   )
 
 
-def _buffers(arrays, probe):
+def allocate(arrays, probe):
   """Allocate arrays of the same shapes, to be overwritten.
 
   They hold a number of `probe`, which is computed just before. Zeros depend on
@@ -277,7 +277,7 @@ class Loop:
       blocks = self.function(shared, *self._take(arrays, start))
       return self._put(outputs, blocks, start)
 
-    buffers = _buffers(self.shapes(shared, arrays), arrays[0])
+    buffers = allocate(self.shapes(shared, arrays), arrays[0])
     return lax.fori_loop(0, self._num_blocks, step, buffers)
 
   def backward(self, shared, arrays, d_outputs):
@@ -307,7 +307,7 @@ class Loop:
       return self._put(d_arrays, d_blocks, start), d_shared
 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shared)
-    buffers = _buffers(_floats(arrays), jax.tree.leaves(d_outputs)[0])
+    buffers = allocate(_floats(arrays), jax.tree.leaves(d_outputs)[0])
     d_arrays, d_shared = lax.fori_loop(
       0, self._num_blocks, step, (buffers, zeros)
     )

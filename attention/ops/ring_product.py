@@ -13,7 +13,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from attention.ops import meshes
-from attention.ops.mapping import pad, trim
+from attention.ops.mapping import allocate, pad, trim
 
 
 def ring_product(function, shared, left, right, *, axis=0, mesh_axis=None):
@@ -59,7 +59,8 @@ def _product(function, axis, name, shared, left, right):
     block = jax.eval_shape(function, shared, left, right)
     shape = list(block.shape)
     shape[1 - axis] *= ring.count
-    products = jnp.zeros(shape, block.dtype)
+    products = jax.ShapeDtypeStruct(shape, block.dtype)
+    products = allocate(products, left)  # all are overwritten
     return lax.fori_loop(0, ring.count, step, (right, products))[1]
 
   rows = _rows(axis, name)
@@ -85,17 +86,18 @@ def _backward(function, axis, name, factors, d_products):
       _, vjp = jax.vjp(function, shared, left, right)
       *others, more = vjp(d_block)
       d_right, d_others = jax.tree.map(
-        lambda total, x: total + x.astype(jnp.float32),
+        lambda total, x: jnp.where(number == 0, 0, total) + x,
         (d_right, d_others),
         (more, others),
       )
       return after, ring.send(d_right), d_others
 
-    zeros = jax.tree.map(
-      lambda x: jnp.zeros(x.shape, jnp.float32), (right, [shared, left])
+    sums = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32),
+      (right, [shared, left]),
     )
     _, d_right, (d_shared, d_left) = lax.fori_loop(
-      0, ring.count, step, (right, *zeros)
+      0, ring.count, step, (right, *allocate(sums, d_products))
     )
     gradients = lax.psum(d_shared, name), d_left, d_right
     return jax.tree.map(

@@ -217,8 +217,8 @@ class Transition(hk.Module):
   Parameters: `input_layer_norm`, `transition1`, `transition2`.
   """
 
-  axis = 1  # the layers before it end with columns
   num_intermediate_factor: int | float = 4  # hidden width / width
+  axis: int = 0  # rows, or columns, that are computed together
   zero_init: bool = True  # initialise the update to 0
   remat: bool = True
   mesh_axis: str | None = meshes.PAIRS  # divides rows; None: never

@@ -158,7 +158,7 @@ class EvoformerBlock(hk.Module):
       MSAColumnGlobalAttention(**msa, name='msa_column_global_attention')
       if self.is_extra_msa
       else MSAColumnAttention(**msa, name='msa_column_attention'),
-      Transition(**transition, name='msa_transition'),
+      Transition(**transition, axis=1, name='msa_transition'),
       OuterProductMean(
         output_size=pair_size,
         num_outer_channel=self.num_outer_channel,
