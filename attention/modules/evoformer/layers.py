@@ -325,7 +325,7 @@ class OuterProductMean(hk.Module):
       *(jnp.swapaxes(x, 0, 1) for x in (left, right)),
       mesh_axis=self.mesh_axis,
     )
-    valid = mask.astype(jnp.float32)
+    valid = meshes.cut(mask.astype(jnp.float32), 1, self.mesh_axis)
     count = meshes.cut(jnp.einsum('si,sj->ij', valid, valid), 0, self.mesh_axis)
     return (products / (1e-3 + count[..., None])).astype(act.dtype)
 
