@@ -8,7 +8,8 @@ in training. The two take turns. The table shows median times, and medians of
 the per-round ratios, ours over the peer. Temporary memory is XLA's
 `memory_analysis` of the compiled program. --no-peer omits the peer. --stack
 instead shows the compile time and memory of the gradients of stacks of 2 and of
-48 blocks.
+48 blocks. --devices=4 shows the memory of each of 4 devices, among which a mesh
+divides the gradient: arguments, results and temporaries.
 """
 
 # ruff: noqa: E402
@@ -24,6 +25,7 @@ import time
 import haiku as hk
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from rich.console import Console
 from rich.table import Table
 
@@ -117,6 +119,50 @@ def compare_stacks(arguments):
   return table
 
 
+def compare_devices(arguments):
+  jax.config.update('jax_num_cpu_devices', arguments.devices)
+  table = Table('devices', 'blocks', 'MiB of each', 'ratio')
+  for kind in ({}, {'num_blocks': 3}):
+    programs, (params, *shapes) = make(
+      EvoformerStack if kind else EvoformerBlock, arguments, **kind
+    )
+    first = None
+    for count in (1, arguments.devices):
+      mesh = jax.make_mesh(
+        (count,),
+        ('pairs',),
+        axis_types=(AxisType.Auto,),
+        devices=jax.devices()[:count],
+      )
+      whole, rows = (
+        NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ('pairs',))
+      )
+      with jax.set_mesh(mesh):
+        memory = (
+          jax.jit(
+            programs['gradient'],
+            in_shardings=(whole, rows, rows, rows),
+            out_shardings=(whole, rows),
+          )
+          .lower(params, *shapes)
+          .compile()
+          .memory_analysis()
+        )
+      size = (
+        memory.temp_size_in_bytes
+        + memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+      )
+      first = first or size
+      table.add_row(
+        str(count),
+        str(kind.get('num_blocks', 1)),
+        f'{size / 2**20:.0f}',
+        f'{size / first:.2f}',
+      )
+  return table
+
+
 def main():
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -125,11 +171,15 @@ def main():
   parser.add_argument('--num_res', type=int, default=128)
   parser.add_argument('--rounds', type=int, default=5)
   parser.add_argument('--stack', action='store_true')
+  parser.add_argument('--devices', type=int, default=1)
   parser.add_argument(
     '--peer', action=argparse.BooleanOptionalAction, default=True
   )
   arguments = parser.parse_args()
-  table = (compare_stacks if arguments.stack else compare_blocks)(arguments)
+  compare = compare_stacks if arguments.stack else compare_blocks
+  if arguments.devices > 1:
+    compare = compare_devices
+  table = compare(arguments)
   table.title = f'{arguments.num_seq} sequences × {arguments.num_res} residues'
   table.caption = f'jax {jax.__version__}, {jax.default_backend()}'
   Console().print(table)

@@ -229,8 +229,9 @@ class TriangleMultiplication(evoformer.TriangleMultiplication):
 class Transition(evoformer.Transition):
   """`Transition` from AlphaFold's config."""
 
-  def __init__(self, config, global_config, name='transition_block'):
+  def __init__(self, config, global_config, name='transition_block', axis=0):
     super().__init__(
+      axis=axis,
       num_intermediate_factor=_read(config, 'num_intermediate_factor'),
       zero_init=_read(global_config, 'zero_init', 'global_config'),
       name=name,
@@ -331,7 +332,7 @@ class EvoformerIteration(hk.Module):
     return [
       make(MSARowAttentionWithPairBias, 'msa_row_attention_with_pair_bias'),
       column,
-      make(Transition, 'msa_transition'),
+      make(Transition, 'msa_transition', axis=1),
       make(
         OuterProductMean, 'outer_product_mean', num_output_channel=pair_size
       ),

@@ -18,7 +18,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
+from attention.ops import meshes
 from attention.ops.platforms import PLATFORMS, by_platform
 
 _POSITIONS = 2048  # rows × length per block on CPUs, to fit their caches
@@ -27,7 +29,7 @@ _POSITIONS = 2048  # rows × length per block on CPUs, to fit their caches
 _LARGE = 2**26
 
 
-def map_rows(function, shared, *arrays, axis=0, is_whole=False):
+def map_rows(function, shared, *arrays, axis=0, is_whole=False, mesh_axis=None):
   """Compute function(shared, *arrays) for some rows at a time.
 
   Args:
@@ -40,50 +42,168 @@ def map_rows(function, shared, *arrays, axis=0, is_whole=False):
       arrays have gradients.
     axis: the row axis of arrays and outputs: 0, or 1 for [length, rows, …].
     is_whole: whether to compute all rows at once, without recomputation.
+    mesh_axis: axis of the mesh in context, if it has it, whose devices each
+      compute their own rows. All get `shared`; arrays [*, length, length] in
+      it, such as a bias computed by rows, are gathered from all devices.
 
   Returns:
     The outputs of `function` for all rows.
   """
-  count, length = arrays[0].shape[axis], arrays[0].shape[1 - axis]
+  total, length = arrays[0].shape[axis], arrays[0].shape[1 - axis]
+  devices = _Devices.create(mesh_axis, axis, length, shared)
+  arrays = tuple(pad(x, axis, devices.count) for x in arrays)
+  count = arrays[0].shape[axis] // devices.count
   few = max(1, _POSITIONS // max(1, length))
   if is_whole or count <= few:
-    return function(shared, *arrays)
+    whole = devices.spread(lambda shared, arrays: function(shared, *arrays))
+    return trim(whole(shared, arrays), axis, total)
+  choices = []
 
-  def loop(rows):
-    size = math.ceil(count / math.ceil(count / rows))
-    examples = [lax.slice_in_dim(x, 0, size, axis=axis) for x in arrays]
-    # Trace now: Haiku modules can't be called in the backward pass.
-    traced, consts = jax.closure_convert(function, shared, *examples)
-    if consts:
-      raise ValueError(
-        f'function: expected no closed-over arrays, got {len(consts)}; pass '
-        'them in shared'
-      )
-    return Loop(traced, axis, size, count)
+  def choose(shared, arrays):
+    def loop(rows):
+      size = math.ceil(count / math.ceil(count / rows))
+      examples = [lax.slice_in_dim(x, 0, size, axis=axis) for x in arrays]
+      # Trace now: Haiku modules can't be called in the backward pass.
+      traced, consts = jax.closure_convert(function, shared, *examples)
+      if consts:
+        raise ValueError(
+          f'function: expected no closed-over arrays, got {len(consts)}; pass '
+          'them in shared'
+        )
+      return Loop(traced, axis, size, count)
 
-  cpu = loop(few)
-  other = loop(max(1, _LARGE // cpu.bytes_of_row(shared, arrays)))
-  choices = tuple((p, cpu if p == 'cpu' else other) for p in PLATFORMS)
-  return _map_rows(choices, shared, arrays)
+    cpu = loop(few)
+    other = loop(max(1, _LARGE // cpu.bytes_of_row(shared, arrays)))
+    choices.extend((p, cpu if p == 'cpu' else other) for p in PLATFORMS)
+    return arrays
 
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _map_rows(choices, shared, arrays):
-  shapes = choices[0][1].shapes(shared, arrays)
-  return by_platform(choices, 'forward', shapes, shared, arrays)
-
-
-def _forward(choices, shared, arrays):
-  return _map_rows(choices, shared, arrays), (shared, arrays)
+  jax.eval_shape(devices.spread(choose), shared, arrays)
+  return trim(_map_rows(tuple(choices), devices, shared, arrays), axis, total)
 
 
-def _backward(choices, saved, d_outputs):
-  shared, arrays = saved
-  shapes = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
-    (shared, _floats(arrays)),
+def pad(x, axis, count):
+  """Append zeros, so that `count` divides the axis."""
+  more = -x.shape[axis] % count
+  widths = [(0, more if i == axis else 0) for i in range(x.ndim)]
+  return jnp.pad(x, widths) if more else x
+
+
+def trim(arrays, axis, total):
+  """Keep the first `total` entries along an axis."""
+  return jax.tree.map(
+    lambda x: lax.slice_in_dim(x, 0, total, axis=axis), arrays
   )
-  return by_platform(choices, 'backward', shapes, shared, arrays, d_outputs)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Devices:
+  """The devices that rows are divided among."""
+
+  name: str | None  # axis of the mesh in context; None: a single device
+  count: int
+  axis: int  # of the rows
+  is_cut: tuple  # whether a leaf of `shared` is cut along its axis -2
+
+  @classmethod
+  def create(cls, name, axis, length, shared):
+    count = meshes.size(name)
+    is_cut = tuple(
+      x.ndim > 2 and x.shape[-2:] == (length, length) and length % count == 0
+      for x in jax.tree.leaves(shared)
+    )
+    return cls(name if count > 1 else None, count, axis, is_cut)
+
+  @property
+  def rows(self):
+    return PartitionSpec(*[None] * self.axis, self.name)
+
+  def of_shared(self, shared):
+    leaves, tree = jax.tree.flatten(shared)
+    return tree.unflatten(
+      PartitionSpec(*[None] * (x.ndim - 2), self.name)
+      if is_cut
+      else PartitionSpec()
+      for x, is_cut in zip(leaves, self.is_cut, strict=True)
+    )
+
+  def spread(self, function):
+    """Make function(shared, arrays) of a device's rows one of all rows."""
+    if self.name is None:
+      return function
+
+    def of_device(shared, arrays):
+      return function(self._gather(shared), arrays)
+
+    def of_all(shared, arrays):
+      specs = self.of_shared(shared), self.rows
+      return meshes.per_device(of_device, specs, self.rows)(shared, arrays)
+
+    return of_all
+
+  def spread_gradient(self, function):
+    """`spread` for function(shared, arrays, d_outputs) -> gradients."""
+    if self.name is None:
+      return function
+
+    def of_device(shared, arrays, d_outputs):
+      d_shared, d_arrays = function(self._gather(shared), arrays, d_outputs)
+      return self._sum(d_shared), d_arrays
+
+    def of_all(shared, arrays, d_outputs):
+      of_shared = self.of_shared(shared)
+      return meshes.per_device(
+        of_device, (of_shared, self.rows, self.rows), (of_shared, self.rows)
+      )(shared, arrays, d_outputs)
+
+    return of_all
+
+  def _gather(self, shared):
+    return self._each(
+      shared,
+      lambda x: lax.all_gather(x, self.name, axis=x.ndim - 2, tiled=True),
+      lambda x: x,
+    )
+
+  def _sum(self, d_shared):
+    """Sum gradients over devices."""
+    return self._each(
+      d_shared,
+      lambda x: lax.psum_scatter(
+        x, self.name, scatter_dimension=x.ndim - 2, tiled=True
+      ),
+      lambda x: lax.psum(x, self.name),
+    )
+
+  def _each(self, shared, of_cut, of_whole):
+    leaves, tree = jax.tree.flatten(shared)
+    return tree.unflatten(
+      of_cut(x) if is_cut else of_whole(x)
+      for x, is_cut in zip(leaves, self.is_cut, strict=True)
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _map_rows(choices, devices, shared, arrays):
+  def forward(shared, arrays):
+    shapes = choices[0][1].shapes(shared, arrays)
+    return by_platform(choices, 'forward', shapes, shared, arrays)
+
+  return devices.spread(forward)(shared, arrays)
+
+
+def _forward(choices, devices, shared, arrays):
+  return _map_rows(choices, devices, shared, arrays), (shared, arrays)
+
+
+def _backward(choices, devices, saved, d_outputs):
+  def backward(shared, arrays, d_outputs):
+    shapes = choices[0][1].gradients(shared, arrays)
+    return by_platform(choices, 'backward', shapes, shared, arrays, d_outputs)
+
+  shared, _ = saved
+  d_shared, d_arrays = devices.spread_gradient(backward)(*saved, d_outputs)
+  d_shared = jax.tree.map(lambda d, x: d.astype(x.dtype), d_shared, shared)
+  return d_shared, d_arrays
 
 
 _map_rows.defvjp(_forward, _backward)
@@ -96,7 +216,7 @@ def _floats(arrays):
   )
 
 
-def _buffers(arrays, probe):
+def allocate(arrays, probe):
   """Allocate arrays of the same shapes, to be overwritten.
 
   They hold a number of `probe`, which is computed just before. Zeros depend on
@@ -140,17 +260,28 @@ class Loop:
     blocks = jax.eval_shape(self.function, shared, *self._take(arrays, 0))
     return jax.tree.map(of_all_rows, blocks)
 
+  def gradients(self, shared, arrays):
+    """Return the shapes and dtypes of `backward`'s outputs."""
+    return (
+      jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), shared
+      ),
+      jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), _floats(arrays)
+      ),
+    )
+
   def forward(self, shared, arrays):
     def step(number, outputs):
       start = self._start(number)
       blocks = self.function(shared, *self._take(arrays, start))
       return self._put(outputs, blocks, start)
 
-    buffers = _buffers(self.shapes(shared, arrays), arrays[0])
+    buffers = allocate(self.shapes(shared, arrays), arrays[0])
     return lax.fori_loop(0, self._num_blocks, step, buffers)
 
   def backward(self, shared, arrays, d_outputs):
-    """Return the gradients of `shared` and of the float arrays."""
+    """Return gradients of `shared`, in float32, and of the float arrays."""
     if self._num_blocks == 1:
       # Without it, XLA would keep intermediate arrays of the forward pass.
       arrays, d_outputs = lax.optimization_barrier((arrays, d_outputs))
@@ -176,11 +307,10 @@ class Loop:
       return self._put(d_arrays, d_blocks, start), d_shared
 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shared)
-    buffers = _buffers(_floats(arrays), jax.tree.leaves(d_outputs)[0])
+    buffers = allocate(_floats(arrays), jax.tree.leaves(d_outputs)[0])
     d_arrays, d_shared = lax.fori_loop(
       0, self._num_blocks, step, (buffers, zeros)
     )
-    d_shared = jax.tree.map(lambda d, x: d.astype(x.dtype), d_shared, shared)
     return d_shared, d_arrays
 
   @property

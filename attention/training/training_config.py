@@ -19,7 +19,7 @@ _POSITIVE = (
 
 def _mesh():
   # See sharding.make_mesh.
-  return {'data': -1, 'fsdp': 1, 'tensor': 1, 'context': 1}
+  return {'data': -1, 'fsdp': 1, 'tensor': 1, 'context': 1, 'pairs': 1}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,7 @@ class TrainingConfig:
     if unknown:
       raise ValueError(
         f'training.mesh.{min(unknown)}: no such axis; the axes are data, '
-        'fsdp, tensor and context'
+        'fsdp, tensor, context and pairs'
       )
 
   @classmethod

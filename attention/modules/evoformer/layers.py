@@ -3,7 +3,10 @@
 Shapes use s for rows of the alignment, i and j for residues, and a, c and o for
 channels. All layers process a few rows at a time and recompute their
 intermediate activations in the backward pass; `remat=False` stores them
-instead.
+instead. The rows run along the layer's `axis` of its activations.
+
+If the mesh in context has the axis `mesh_axis`, each of its devices holds and
+computes its own rows (Cheng et al. 2022, "FastFold").
 """
 
 import dataclasses
@@ -14,7 +17,9 @@ import jax.numpy as jnp
 
 from attention.modules.gated import GatedAttention, GlobalAttention
 from attention.modules.layers import bind_layer_norm, bind_linear
+from attention.ops import meshes
 from attention.ops.mapping import map_rows
+from attention.ops.ring_product import ring_product
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
@@ -28,11 +33,13 @@ class AxialAttention(hk.Module):
   zero_init: bool = True  # initialise the update to 0
   implementation: str | None = None  # see dot_product_attention
   remat: bool = True
+  mesh_axis: str | None = meshes.PAIRS  # divides rows; None: never
   name: str | None = None
 
   @hk.transparent
-  def _attend(self, act, mask, query_norm, bias=None, *, axis, kind):
+  def _attend(self, act, mask, query_norm, bias=None, *, kind):
     """Self-attention within rows (or columns, axis 1) of [r, t, a]."""
+    axis = self.axis
     attention = kind(
       num_head=self.num_head,
       key_size=self.key_size,
@@ -61,10 +68,11 @@ class AxialAttention(hk.Module):
       mask,
       axis=axis,
       is_whole=not self.remat,
+      mesh_axis=self.mesh_axis,
     )
 
   @hk.transparent
-  def _pair_bias(self, norm, pair_act, axis=0):
+  def _pair_bias(self, norm, pair_act):
     """Project normalised pairs to a bias: [q, k, a] → [h, q, k] float32.
 
     With axis 1 the pairs are [k, q, a].
@@ -78,8 +86,15 @@ class AxialAttention(hk.Module):
       return jnp.matmul(norm(x), w, preferred_element_type=jnp.float32)
 
     shared = (norm, w.astype(pair_act.dtype))
-    bias = map_rows(rows, shared, pair_act, is_whole=not self.remat)
-    return bias.transpose(2, axis, 1 - axis)
+    bias = map_rows(
+      rows,
+      shared,
+      pair_act,
+      axis=self.axis,
+      is_whole=not self.remat,
+      mesh_axis=self.mesh_axis,
+    )
+    return bias.transpose(2, self.axis, 1 - self.axis)
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
@@ -90,6 +105,7 @@ class MSARowAttentionWithPairBias(AxialAttention):
   `attention` (see `GatedAttention`).
   """
 
+  axis = 0
   with_pair_bias: bool = True  # False: without `feat_2d_*`
 
   def __call__(self, msa_act, msa_mask, pair_act):
@@ -113,7 +129,7 @@ class MSARowAttentionWithPairBias(AxialAttention):
       feat_2d_norm = bind_layer_norm('feat_2d_norm', pair_act)
       bias = self._pair_bias(feat_2d_norm, pair_act)
     return self._attend(
-      msa_act, msa_mask, query_norm, bias, axis=0, kind=GatedAttention
+      msa_act, msa_mask, query_norm, bias, kind=GatedAttention
     )
 
 
@@ -124,13 +140,13 @@ class MSAColumnAttention(AxialAttention):
   Parameters: `query_norm`, `attention` (see `GatedAttention`).
   """
 
+  axis = 1
+
   def __call__(self, msa_act, msa_mask):
     """Compute the update; see `MSARowAttentionWithPairBias`."""
     msa_mask = _check(msa_act, msa_mask, 'msa_act', 'msa_mask')
     query_norm = bind_layer_norm('query_norm', msa_act)
-    return self._attend(
-      msa_act, msa_mask, query_norm, axis=1, kind=GatedAttention
-    )
+    return self._attend(msa_act, msa_mask, query_norm, kind=GatedAttention)
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
@@ -140,6 +156,8 @@ class MSAColumnGlobalAttention(AxialAttention):
   Parameters: `query_norm`, `attention` (see `GlobalAttention`).
   """
 
+  axis = 1
+
   def __call__(self, msa_act, msa_mask):
     """Compute the update; see `MSARowAttentionWithPairBias`.
 
@@ -147,9 +165,7 @@ class MSAColumnGlobalAttention(AxialAttention):
     """
     msa_mask = _check(msa_act, msa_mask, 'msa_act', 'msa_mask')
     query_norm = bind_layer_norm('query_norm', msa_act)
-    return self._attend(
-      msa_act, msa_mask, query_norm, axis=1, kind=GlobalAttention
-    )
+    return self._attend(msa_act, msa_mask, query_norm, kind=GlobalAttention)
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
@@ -162,6 +178,10 @@ class TriangleAttention(AxialAttention):
 
   orientation: str = 'per_row'  # starting node; 'per_column' for ending node
   num_head: int = 4
+
+  @property
+  def axis(self):
+    return 1 if self.orientation == 'per_column' else 0
 
   def __call__(self, pair_act, pair_mask):
     """Compute the update of the pairs.
@@ -183,11 +203,10 @@ class TriangleAttention(AxialAttention):
         "orientation: expected 'per_row' or 'per_column', got "
         f'{self.orientation!r}'
       )
-    axis = 0 if self.orientation == 'per_row' else 1
     query_norm = bind_layer_norm('query_norm', pair_act)
-    bias = self._pair_bias(query_norm, pair_act, axis)
+    bias = self._pair_bias(query_norm, pair_act)
     return self._attend(
-      pair_act, pair_mask, query_norm, bias, axis=axis, kind=GatedAttention
+      pair_act, pair_mask, query_norm, bias, kind=GatedAttention
     )
 
 
@@ -199,8 +218,10 @@ class Transition(hk.Module):
   """
 
   num_intermediate_factor: int | float = 4  # hidden width / width
+  axis: int = 0  # rows, or columns, that are computed together
   zero_init: bool = True  # initialise the update to 0
   remat: bool = True
+  mesh_axis: str | None = meshes.PAIRS  # divides rows; None: never
   name: str | None = None
 
   def __call__(self, act, mask=None):
@@ -221,7 +242,14 @@ class Transition(hk.Module):
       norm, expand, contract = layers
       return contract(jax.nn.relu(expand(norm(x))))
 
-    return map_rows(rows, layers, act, is_whole=not self.remat)
+    return map_rows(
+      rows,
+      layers,
+      act,
+      axis=self.axis,
+      is_whole=not self.remat,
+      mesh_axis=self.mesh_axis,
+    )
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
@@ -232,10 +260,12 @@ class OuterProductMean(hk.Module):
   `output_w` (c, c, o), `output_b` (o).
   """
 
+  axis = 1
   output_size: int  # width of the pair activations
   num_outer_channel: int = 32  # width of each factor of the outer product
   zero_init: bool = True  # initialise the update to 0
   remat: bool = True
+  mesh_axis: str | None = meshes.PAIRS  # divides rows; None: never
   name: str | None = None
 
   def __call__(self, act, mask):
@@ -271,19 +301,33 @@ class OuterProductMean(hk.Module):
         p(x) * mask[..., None].astype(x.dtype) for p in (left, right)
       )
 
-    left, right = map_rows(project, layers, act, mask, is_whole=not self.remat)
+    left, right = map_rows(
+      project,
+      layers,
+      act,
+      mask,
+      axis=self.axis,
+      is_whole=not self.remat,
+      mesh_axis=self.mesh_axis,
+    )
+
+    def products(shared, left, right):
+      return map_rows(rows, (right, *shared), left, is_whole=not self.remat)
 
     def rows(shared, left):
       right, w, b = shared
-      outer = jnp.einsum('isc,sje->icje', left, right)
+      outer = jnp.einsum('isc,jse->icje', left, right)
       return jnp.einsum('icje,ceo->ijo', outer, w) + b
 
-    shared = (right, w.astype(act.dtype), b.astype(act.dtype))
-    left = jnp.swapaxes(left, 0, 1)
-    products = map_rows(rows, shared, left, is_whole=not self.remat)
-    valid = mask.astype(jnp.float32)
-    count = jnp.einsum('si,sj->ij', valid, valid)[..., None]
-    return (products / (1e-3 + count)).astype(act.dtype)
+    products = ring_product(
+      products,
+      (w.astype(act.dtype), b.astype(act.dtype)),
+      *(jnp.swapaxes(x, 0, 1) for x in (left, right)),
+      mesh_axis=self.mesh_axis,
+    )
+    valid = meshes.cut(mask.astype(jnp.float32), 1, self.mesh_axis)
+    count = meshes.cut(jnp.einsum('si,sj->ij', valid, valid), 0, self.mesh_axis)
+    return (products / (1e-3 + count[..., None])).astype(act.dtype)
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
@@ -302,7 +346,12 @@ class TriangleMultiplication(hk.Module):
   fuse_projection_weights: bool = False
   zero_init: bool = True  # initialise the update to 0
   remat: bool = True
+  mesh_axis: str | None = meshes.PAIRS  # divides rows; None: never
   name: str | None = None
+
+  @property
+  def axis(self):
+    return 1 if self.equation[0] == 'k' else 0  # columns of incoming edges
 
   def __call__(self, left_act, left_mask):
     """Compute the update of the pairs.
@@ -346,9 +395,18 @@ class TriangleMultiplication(hk.Module):
       (input_norm, projections, gates),
       left_act,
       left_mask,
+      axis=self.axis,
       is_whole=not self.remat,
+      mesh_axis=self.mesh_axis,
     )
-    products = jnp.einsum(self.equation, left, right)
+
+    def product(shared, left, right):
+      del shared
+      return jnp.einsum(self.equation, left, right)
+
+    products = ring_product(
+      product, (), left, right, axis=self.axis, mesh_axis=self.mesh_axis
+    )
     layers = (
       input_norm,
       bind_layer_norm(
@@ -366,7 +424,15 @@ class TriangleMultiplication(hk.Module):
       input_norm, center_norm, output, gate = layers
       return output(center_norm(products)) * jax.nn.sigmoid(gate(input_norm(x)))
 
-    return map_rows(rows, layers, products, left_act, is_whole=not self.remat)
+    return map_rows(
+      rows,
+      layers,
+      products,
+      left_act,
+      axis=self.axis,
+      is_whole=not self.remat,
+      mesh_axis=self.mesh_axis,
+    )
 
 
 def _final_scale(module):

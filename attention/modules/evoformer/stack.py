@@ -20,6 +20,7 @@ from attention.modules.evoformer.layers import (
   TriangleMultiplication,
 )
 from attention.modules.layers import Stream
+from attention.ops import meshes
 from attention.ops.dropout import check_rate
 
 
@@ -46,6 +47,7 @@ class EvoformerBlock(hk.Module):
   with_triangles: bool = True  # False: pairs without their triangle updates
   implementation: str | None = None  # see dot_product_attention
   remat: bool = True  # recompute in the backward pass to save memory
+  mesh_axis: str | None = meshes.PAIRS  # divides rows; None: never
   name: str | None = None
 
   def __call__(
@@ -109,7 +111,9 @@ class EvoformerBlock(hk.Module):
 
   @hk.transparent
   def _layers(self, pair_size):
-    common = dict(zero_init=self.zero_init, remat=self.remat)
+    common = dict(
+      zero_init=self.zero_init, remat=self.remat, mesh_axis=self.mesh_axis
+    )
     attention = dict(
       gating=self.gating, implementation=self.implementation, **common
     )
@@ -154,7 +158,7 @@ class EvoformerBlock(hk.Module):
       MSAColumnGlobalAttention(**msa, name='msa_column_global_attention')
       if self.is_extra_msa
       else MSAColumnAttention(**msa, name='msa_column_attention'),
-      Transition(**transition, name='msa_transition'),
+      Transition(**transition, axis=1, name='msa_transition'),
       OuterProductMean(
         output_size=pair_size,
         num_outer_channel=self.num_outer_channel,
@@ -235,19 +239,30 @@ def update_in_turn(
   row, column, transition, outer, *pair_layers = layers
   msa_stream, pair_stream = Stream(name='msa'), Stream(name='pair')
 
+  def cut(act, axis=0):
+    return meshes.cut(act, axis, row.mesh_axis)
+
   def add(act, layer, *inputs):
     return act + drop(layer, layer(*inputs))
 
+  def add_in_turn(act, layers, mask, *inputs):
+    for layer in layers:
+      act = cut(act, layer.axis)  # as the layer cuts its update
+      act = add(act, layer, act, mask, *inputs)
+    return act
+
+  def add_outer(pair_act, msa_act):
+    return add(cut(pair_act), outer, cut(msa_act, outer.axis), msa_mask)
+
   msa_act, pair_act = msa_stream.before(msa_act), pair_stream.before(pair_act)
   if outer_first:
-    pair_act = add(pair_act, outer, msa_act, msa_mask)
-  msa_act = add(msa_act, row, msa_act, msa_mask, pair_act)
-  for layer in (column, transition):
-    msa_act = add(msa_act, layer, msa_act, msa_mask)
+    pair_act = add_outer(pair_act, msa_act)
+  msa_act = add_in_turn(msa_act, [row], msa_mask, cut(pair_act))
+  msa_act = add_in_turn(msa_act, [column, transition], msa_mask)
   if not outer_first:
-    pair_act = add(pair_act, outer, msa_act, msa_mask)
-  for layer in pair_layers:
-    pair_act = add(pair_act, layer, pair_act, pair_mask)
+    pair_act = add_outer(pair_act, msa_act)
+  pair_act = add_in_turn(pair_act, pair_layers, pair_mask)
+  msa_act, pair_act = cut(msa_act), cut(pair_act)
   return msa_stream.after(msa_act), pair_stream.after(pair_act)
 
 

@@ -50,8 +50,8 @@ class Step:
 
     Raises:
       ValueError: invalid optimizer settings, a mesh that does not fit the
-        devices, the batch or the length of sequences, or a number of
-        micro-batches that does not divide the batch.
+        devices, the batch, the length of sequences or the model, or a number
+        of micro-batches that does not divide the batch.
     """
     optimizer, schedule = optimizers.adamw(
       steps=settings.steps, **config.optimizer
@@ -67,6 +67,7 @@ class Step:
     )
     if mesh.shape['context'] > 1:
       sharding.check_context(task.batch(0), mesh)
+    sharding.check_pairs(task, mesh)
     with precision.applied(settings.precision):
       return cls(task, optimizer, schedule, config.seed, mesh, settings)
 

@@ -14,7 +14,7 @@ from jax.sharding import (
   PartitionSpec,
 )
 
-from attention.ops.meshes import BATCH, CONTEXT
+from attention.ops.meshes import BATCH, CONTEXT, PAIRS
 
 # Parameters sharded over 'tensor', by name, and the axis that is sharded,
 # counted from the end: the head axis or the feed-forward width. Each matrix
@@ -34,9 +34,10 @@ def make_mesh(
   fsdp: int = 1,
   tensor: int = 1,
   context: int = 1,
+  pairs: int = 1,
   devices=None,
 ) -> Mesh:
-  """Create a mesh with the axes 'data', 'fsdp', 'tensor' and 'context'.
+  """Create a mesh with the axes data, fsdp, tensor, context and pairs.
 
   Args:
     batch_size: size of the batch that is sharded over `data` × `fsdp` devices.
@@ -48,6 +49,8 @@ def make_mesh(
       feed-forward width.
     context: number of devices along 'context', which shard the positions of
       sequences; keys and values travel around them.
+    pairs: number of devices along 'pairs', which shard the rows or columns of
+      an alignment and of pairs of residues.
     devices: devices to choose from; all attached devices by default.
 
   Raises:
@@ -60,7 +63,7 @@ def make_mesh(
       'training.mesh.data: expected 1 or more, or -1 for all remaining '
       f'devices, got {data}'
     )
-  others = {'fsdp': fsdp, 'tensor': tensor, 'context': context}
+  others = {'fsdp': fsdp, 'tensor': tensor, CONTEXT: context, PAIRS: pairs}
   for name, size in others.items():
     if size < 1:
       raise ValueError(f'training.mesh.{name}: expected 1 or more, got {size}')
@@ -75,8 +78,9 @@ def make_mesh(
       default=1,
     )
   count = data * fixed
-  product = f'data × fsdp × tensor × context = {data} × ' + ' × '.join(
-    map(str, others.values())
+  product = ' = '.join(
+    ' × '.join(map(str, x))
+    for x in (('data', *others), (data, *others.values()))
   )
   if count > len(devices):
     hint = (
@@ -101,7 +105,7 @@ def make_mesh(
   return Mesh(
     np.array(devices[:count]).reshape(data, *others.values()),
     ('data', *others),
-    axis_types=(AxisType.Auto,) * 4,
+    axis_types=(AxisType.Auto,) * 5,
   )
 
 
@@ -142,6 +146,16 @@ def check_context(batch: dict, mesh: Mesh) -> None:
     raise ValueError(
       'training.mesh.context: expected a divisor of the length of sequences, '
       f'{" or ".join(map(str, sorted(lengths)))}, got {size}'
+    )
+
+
+def check_pairs(task, mesh: Mesh) -> None:
+  """Raise ValueError if 'pairs' divides nothing of the task's model."""
+  size = mesh.shape.get(PAIRS, 1)
+  if size > 1 and not getattr(task, 'has_pairs', False):
+    raise ValueError(
+      'training.mesh.pairs: expected 1 for a model without pairs of residues, '
+      f'got {size}'
     )
 
 

@@ -5,7 +5,8 @@ attributes for messages: `command`, the subcommand of python -m attention that
 uses its model, `loss_unit` and `example_name`. It may have `pretrained`:
 parameters to start from instead of those of `init`, all or some, or None;
 `is_trained(module, name, value)`: which parameters are trained, or None for
-all; and `is_per_token`: False if its matrices are not applied once per token.
+all; `is_per_token`: False if its matrices are not applied once per token; and
+`has_pairs`: True if the mesh axis 'pairs' divides its model.
 """
 
 import pathlib

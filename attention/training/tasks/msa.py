@@ -18,6 +18,7 @@ from attention.data.families import Families
 from attention.interop import alphafold_npz
 from attention.models import msa
 from attention.models.losses import token_cross_entropy
+from attention.ops import meshes
 from attention.training.parallelism import processes
 
 _NUM_SAMPLES = 8  # of the rows of an alignment, at most
@@ -31,6 +32,7 @@ class Msa:
   """
 
   is_per_token = False
+  has_pairs = True
   command = 'contacts'
   loss_unit = 'nats'
   example_name = 'best pairs of a held-out family'
@@ -115,7 +117,7 @@ class Msa:
       nats, counts, _ = _score(logits, sample)
       return self._weigh(nats / jnp.maximum(counts, 1))
 
-    losses = jax.vmap(loss)(jax.random.split(rng, count), batch)
+    losses = meshes.vmap(loss)(jax.random.split(rng, count), batch)
     return losses.sum(), jnp.float32(count)
 
   def _weigh(self, losses):
@@ -156,14 +158,12 @@ class Msa:
 
   @functools.cached_property
   def _evaluate_batch(self):
-    @jax.jit
-    @functools.partial(jax.vmap, in_axes=(None, 0))
-    def evaluate_batch(params, sample):
+    def evaluate(params, sample):
       logits = self._model.apply(params, None, sample)
       near = msa.contact_probabilities(logits['distances'])
       return _score(logits, sample), near
 
-    return evaluate_batch
+    return jax.jit(lambda *inputs: meshes.vmap(evaluate, (None, 0))(*inputs))
 
   @functools.cached_property
   def _baselines(self):

@@ -33,9 +33,12 @@ from attention.training.workdir.checkpoints import Checkpoints
 from attention.training.training_config import TrainingConfig
 from attention.training.optimization.step import Step
 
-workdir, steps, meshes, rank = json.loads(sys.argv[1])
-config = command_line.load_config('configs/gpt_char.py:debug')
-config.data.update(path=f'{workdir}/text.txt', batch_size=16)
+workdir, steps, meshes, rank, name = json.loads(sys.argv[1])
+config = command_line.load_config(f'configs/{name}.py:debug')
+if name == 'gpt_char':
+  config.data.update(path=f'{workdir}/text.txt', batch_size=16)
+else:
+  config.model.update(num_blocks=1, num_extra_blocks=0)
 settings = TrainingConfig.create(config.training.to_dict())
 optimizer, schedule = optimizers.adamw(steps=20, **config.optimizer)
 if rank:
@@ -55,7 +58,7 @@ def train(step, state, span):
 
 results, before = {}, None
 for name, axes in meshes.items():
-  mesh = sharding.make_mesh(16, **axes)
+  mesh = sharding.make_mesh(task.batch_size, **axes)
   step = Step(task, optimizer, schedule, 0, mesh, settings)
   half = steps // 2
   first, state = train(step, step.init(), range(half))
@@ -77,18 +80,18 @@ print(json.dumps(results))
 """
 
 
-def _train(python, text, steps, meshes, rank=0):
-  words = json.dumps([str(text.parent), steps, meshes, rank])
+def _train(python, text, steps, meshes, rank=0, name='gpt_char', rtol=2e-6):
+  words = json.dumps([str(text.parent), steps, meshes, rank, name])
   output, error = python('-c', _TRAIN, words).communicate(timeout=900)
   assert output, error
   results = json.loads(output)
   whole = np.array(results['one']['losses'])
   assert len(whole) == steps
   for result in results.values():
-    np.testing.assert_allclose(result['losses'], whole, rtol=2e-6)
+    np.testing.assert_allclose(result['losses'], whole, rtol=rtol)
     if 'moved' in result:
       np.testing.assert_allclose(
-        result['moved'], whole[steps // 2 :], rtol=2e-6
+        result['moved'], whole[steps // 2 :], rtol=rtol
       )
   return results
 
@@ -117,6 +120,19 @@ def test_low_rank_updates_on_a_mixed_mesh_match_one_device(
 def test_a_mesh_that_cuts_positions_matches_one_device(python, text):
   meshes = {'one': _MESHES['one'], 'context 4': dict(data=2, context=4)}
   _train(python, text, 4, meshes)
+
+
+def test_a_mesh_that_cuts_pairs_matches_one_device(python, tmp_path):
+  meshes = {'one': _MESHES['one'], 'pairs 4': dict(data=2, pairs=4)}
+  # At first all terms of the loss are equal, and their float32 sum on one
+  # device is off by 5e-6.
+  _train(python, tmp_path / 'text.txt', 4, meshes, name='msa', rtol=5e-6)
+
+
+def test_a_mesh_that_cuts_pairs_needs_a_model_of_pairs():
+  mesh = jax.sharding.AbstractMesh((2,), ('pairs',))
+  with pytest.raises(ValueError, match='training.mesh.pairs: expected 1'):
+    sharding.check_pairs(object(), mesh)
 
 
 @pytest.mark.slow
@@ -163,7 +179,7 @@ def test_heads_and_feed_forward_shard_over_tensor_the_rest_over_fsdp():
   ('axes', 'message'),
   [
     (dict(fsdp=0), 'training.mesh.fsdp: expected 1 or more, got 0'),
-    (dict(tensor=999), 'expected at most .* 1 × 1 × 999 × 1'),
+    (dict(tensor=999), 'expected at most .* 1 × 1 × 999 × 1 × 1'),
     (dict(data=0), 'training.mesh.data: expected 1 or more, or -1'),
   ],
 )
@@ -175,5 +191,5 @@ def test_invalid_meshes_raise(axes, message):
 def test_data_uses_as_many_devices_as_divide_the_batch():
   mesh = sharding.make_mesh(7 * len(jax.devices()))
   assert isinstance(mesh, Mesh)
-  others = {'fsdp': 1, 'tensor': 1, 'context': 1}
+  others = {'fsdp': 1, 'tensor': 1, 'context': 1, 'pairs': 1}
   assert mesh.shape == {'data': len(jax.devices()), **others}

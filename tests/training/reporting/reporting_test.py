@@ -133,7 +133,7 @@ def test_every_key_of_training_can_be_set_on_the_command_line(tmp_path):
   )
   training = parsed.config.training
   assert training.deterministic is True
-  mesh = {'data': -1, 'fsdp': 2, 'tensor': 1, 'context': 1}
+  mesh = {'data': -1, 'fsdp': 2, 'tensor': 1, 'context': 1, 'pairs': 1}
   assert training.mesh.to_dict() == mesh
   assert training.max_bad_steps == 7
   assert parsed.profile == (3, 5)
