@@ -244,10 +244,18 @@ class Loop:
     return jax.make_jaxpr(self.function)(shared, *blocks).jaxpr
 
   def bytes_of_row(self, shared, arrays):
-    """Return the bytes per row of the function's largest intermediate array."""
-    equations = self.trace(shared, arrays).eqns
-    made = (x.aval for equation in equations for x in equation.outvars)
-    return max(x.size * x.dtype.itemsize for x in made) // self.size
+    """Return the bytes per row of the function's largest intermediate array.
+
+    Arrays computed from `shared` alone, such as a scaled bias, do not count.
+    """
+    jaxpr, largest = self.trace(shared, arrays), 0
+    of_rows = set(map(id, jaxpr.invars[len(jax.tree.leaves(shared)) :]))
+    for equation in jaxpr.eqns:
+      if not of_rows.isdisjoint(map(id, equation.invars)):
+        of_rows.update(map(id, equation.outvars))
+        sizes = (x.aval.size * x.aval.dtype.itemsize for x in equation.outvars)
+        largest = max(largest, *sizes)
+    return max(1, largest // self.size)
 
   def shapes(self, shared, arrays):
     """Return the shapes and dtypes of `forward`'s outputs."""

@@ -101,7 +101,11 @@ def test_blocks_support_vmap_scan_and_checkpoint(
 
 def test_block_size_follows_lowering_platform():
   def apply(w, x):
-    return mapping.map_rows(lambda w, x: jnp.tanh(x @ w), w, x)
+    def hidden(w, x):
+      scale = jnp.outer(w, w).max()  # large, but not for each row
+      return jnp.tanh(x @ (scale * w))
+
+    return mapping.map_rows(hidden, w, x)
 
   def program(rows, platform):
     shapes = (

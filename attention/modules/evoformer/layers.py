@@ -400,13 +400,7 @@ class TriangleMultiplication(hk.Module):
       mesh_axis=self.mesh_axis,
     )
 
-    def product(shared, left, right):
-      del shared
-      return jnp.einsum(self.equation, left, right)
-
-    products = ring_product(
-      product, (), left, right, axis=self.axis, mesh_axis=self.mesh_axis
-    )
+    products = self._multiply(left, right)
     layers = (
       input_norm,
       bind_layer_norm(
@@ -433,6 +427,21 @@ class TriangleMultiplication(hk.Module):
       is_whole=not self.remat,
       mesh_axis=self.mesh_axis,
     )
+
+  def _multiply(self, left, right):
+    """Multiply the factors of each channel: [i, j, c]."""
+
+    def product(shared, left, right):
+      del shared
+      return jnp.einsum(self.equation, left, right)
+
+    axes = dict(axis=self.axis, mesh_axis=self.mesh_axis)
+    if left.shape[2] % meshes.size(self.mesh_axis):
+      return ring_product(product, (), left, right, **axes)
+    # Channels are independent: each device multiplies some of them.
+    left, right = (meshes.cut(x, 2, self.mesh_axis) for x in (left, right))
+    products = meshes.cut(product((), left, right), 2, self.mesh_axis)
+    return meshes.cut(products, self.axis, self.mesh_axis)
 
 
 def _final_scale(module):

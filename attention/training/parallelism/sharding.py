@@ -149,7 +149,7 @@ def check_context(batch: dict, mesh: Mesh) -> None:
     )
 
 
-def check_pairs(task, mesh: Mesh) -> None:
+def check_pairs(task, mesh: Mesh | AbstractMesh) -> None:
   """Raise ValueError if 'pairs' divides nothing of the task's model."""
   size = mesh.shape.get(PAIRS, 1)
   if size > 1 and not getattr(task, 'has_pairs', False):
