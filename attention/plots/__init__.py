@@ -1,4 +1,7 @@
-"""Plots of training runs, attention patterns and scores of heads."""
+"""Plots of training runs, attention patterns and scores of heads.
+
+Training imports them when it draws: matplotlib takes half a second to import.
+"""
 
 from attention.plots.contacts import contact_map
 from attention.plots.patterns import DPI, flow, pattern, pattern_grid, rows

@@ -10,7 +10,6 @@ import time
 import haiku as hk
 import jax
 
-from attention import plots
 from attention.training import tasks
 from attention.training.optimization import precision
 from attention.training.optimization.nonfinite import NotFinite, Watch
@@ -291,6 +290,8 @@ class _Run:
       self._show(params, done)
 
   def _show(self, params, done):
+    from attention import plots
+
     example = self.task.example(params, seed=done)
     path = self.workdir / 'samples' / f'{done:08d}.txt'
     self.report.print(

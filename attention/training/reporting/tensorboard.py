@@ -5,8 +5,6 @@ import pathlib
 import platform
 import time
 
-from matplotlib import image
-
 
 class TensorBoard:
   """Writes scalars, images and samples; does nothing without tensorboardX.
@@ -53,6 +51,8 @@ class TensorBoard:
   def pictures(self, step: int, folder: pathlib.Path) -> None:
     """Write all PNG files in a folder, tagged with their names."""
     if self._writer:
+      from matplotlib import image
+
       for path in sorted(folder.glob('*.png')):
         picture = self._summary.image(
           path.stem, image.imread(path), dataformats='HWC'

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention import models, plots
+from attention import models
 from attention.capture import capture
 from attention.data import classification
 from attention.models.losses import cross_entropy
@@ -133,6 +133,8 @@ class Classification:
 
   def draw(self, folder: pathlib.Path) -> None:
     """Draw the confusion matrix of the last evaluation."""
+    from attention import plots
+
     plots.confusion_matrix(
       self._confusion, self.labels, folder / 'confusion.png'
     )

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention import models, plots
+from attention import models
 from attention.data import contacts
 from attention.data.alignments import Alignment, Rows
 from attention.models.losses import token_cross_entropy
@@ -166,6 +166,8 @@ class Contacts:
 
   def draw(self, folder: pathlib.Path) -> None:
     """Draw the map of the scores of the last example."""
+    from attention import plots
+
     plots.contact_map(
       self._shown, self.alignment.contacts, folder / 'contacts.png'
     )

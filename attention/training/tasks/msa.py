@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention import models, plots
+from attention import models
 from attention.capture import capture
 from attention.data import alignments, contacts, masking
 from attention.data.alignments import Alignment, sequence_weights
@@ -246,6 +246,8 @@ class Msa:
 
   def draw(self, folder: pathlib.Path) -> None:
     """Draw the contact map of the last example."""
+    from attention import plots
+
     plots.contact_map(
       self._shown, self.alignment.contacts, folder / 'contacts.png'
     )

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention import decoding, models, plots
+from attention import decoding, models
 from attention.capture import capture
 from attention.data import translation
 from attention.data.subwords import Subwords
@@ -312,6 +312,8 @@ class Translation:
 
   def draw(self, folder) -> None:
     """Draw the last evaluation's cross-attention in two held-out sentences."""
+    from attention import plots
+
     for n, (queries, keys, found) in enumerate(self._drawn):
       layer, heads = plots.rows(found)[-1]
       figure = plots.pattern(

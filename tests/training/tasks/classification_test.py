@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import attention.__main__ as cli
+from attention import plots
 from attention.training import command_line, loop, tasks
 
 pytest.importorskip('sklearn')
@@ -27,7 +28,7 @@ def test_digits_train_and_draw_a_confusion_matrix(
   config = command_line.load_config('configs/digits.py:debug')
   units = []
   monkeypatch.setattr(
-    loop.plots, 'loss_curve', lambda _, __, unit: units.append(unit)
+    plots, 'loss_curve', lambda _, __, unit: units.append(unit)
   )
   (tmp_path / 'plots').mkdir()
   loop.train(config, tmp_path)
