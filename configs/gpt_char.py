@@ -229,6 +229,7 @@ def _7b():
       'activation': 'swiglu',
       'with_feed_forward_bias': False,
       'with_tied_output': False,
+      'fused_qkv': False,  # a `tensor` axis would cut it across the three
       'use_scan': True,
       'use_remat': True,
     }
