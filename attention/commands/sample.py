@@ -3,10 +3,14 @@
 import json
 import sys
 
+import jax
+
 from attention.commands import trained_models
 from attention.data.files import read_lines
+from attention.training.parallelism import sharding
 
 _ROWS = 16  # prompts that are continued together
+_CPU_DEVICES = 2  # that share them
 _STRATEGIES = ('temperature', 'top_k', 'top_p', 'min_p', 'repetition_penalty')
 
 
@@ -77,7 +81,8 @@ def add_flags(parser) -> None:
 
 def run(arguments) -> int:
   """Run the command; returns the exit status."""
-  task, params = trained_models.open_task(arguments, 'language')
+  cpu_devices = 0 if arguments.prompts is None else _CPU_DEVICES
+  task, params = trained_models.open_task(arguments, 'language', cpu_devices)
   options = {name: getattr(arguments, name) for name in _STRATEGIES}
   options |= {'seed': arguments.seed, 'stop': tuple(arguments.stop)}
   draft = None
@@ -92,6 +97,10 @@ def run(arguments) -> int:
       print(text, end='', flush=True)
     print()
   else:
+    devices = sharding.replicated(sharding.make_mesh(_ROWS))
+    params = jax.device_put(params, devices)
+    if draft is not None:
+      draft.params = jax.device_put(draft.params, devices)
     _continue_lines(
       task, params, arguments.prompts, arguments.num_tokens, options
     )

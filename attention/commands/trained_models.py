@@ -50,9 +50,9 @@ def plots_folder(arguments) -> pathlib.Path:
   return folder
 
 
-def open_task(arguments, kind=None):
+def open_task(arguments, kind=None, cpu_devices: int = 0):
   """Load the task of a run or a folder, without data, and its parameters."""
-  set_up_jax()
+  set_up_jax(cpu_devices)
   if getattr(arguments, 'model', None):
     return transformers_folder.load_task(arguments.model, arguments.dtype)
   return trained.load(arguments.workdir, kind)

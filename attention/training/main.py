@@ -1,5 +1,6 @@
 """Entry point of `python train.py`."""
 
+import contextlib
 import os
 import shlex
 import sys
@@ -69,6 +70,7 @@ def set_up_jax(cpu_devices: int = 0, is_deterministic: bool = False) -> None:
   compilation_cache.use_cache()
   given = os.environ.get('XLA_FLAGS', '')
   if cpu_devices and 'xla_force_host_platform_device_count' not in given:
-    jax.config.update('jax_num_cpu_devices', cpu_devices)
+    with contextlib.suppress(RuntimeError):  # JAX has been used before
+      jax.config.update('jax_num_cpu_devices', cpu_devices)
   if is_deterministic:
     os.environ['XLA_FLAGS'] = ' '.join([given, *_DETERMINISTIC]).strip()

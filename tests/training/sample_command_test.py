@@ -56,3 +56,18 @@ def test_a_draft_leaves_greedy_text_as_it_is(ended, config, tmp_path, capsys):
   size = trained.load(ended)[0].vocabulary.size
   message = f'vocabulary of {size} tokens, got another, of 256'
   assert message in capsys.readouterr().err
+
+
+def test_devices_share_prompts(ended, tmp_path, python, monkeypatch):
+  path = tmp_path / 'prompts.txt'
+  path.write_text('the lazy\na\nquick brown fox jumps\n')
+  words = ['-m', 'attention', 'sample', f'--workdir={ended}', '--num_tokens=9']
+  answers = []
+  for count in (1, 2):
+    flags = f'--xla_force_host_platform_device_count={count}'
+    monkeypatch.setenv('XLA_FLAGS', flags)
+    process = python(*words, f'--prompts={path}', '--seed=3')
+    output, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error
+    answers.append(output)
+  assert answers[0] == answers[1]

@@ -9,6 +9,7 @@ import numpy as np
 from attention import decoding
 from attention.models.gpt import window_step
 from attention.ops.cache import Cache, align
+from attention.training.parallelism.sharding import batched
 
 PIECE = 16  # tokens that are generated at a time
 _CHUNK = 512  # tokens that are read at a time
@@ -57,7 +58,8 @@ class Generator:
     From there on, the tokens that fit before a piece are read again for each.
 
     Args:
-      params: the model's parameters.
+      params: the model's parameters. If a mesh replicates them, its devices
+        share the rows.
       rows: lists of tokens, of any lengths; one only if there is no cache.
       num_tokens: the least number of tokens to generate.
       rng: a key.
@@ -67,7 +69,10 @@ class Generator:
     Yields:
       int32 [b, piece_size].
     """
+    count = len(rows)
     rows = [list(row) for row in rows]
+    if count > 1:
+      rows += [list(rows[-1]) for _ in range(-count % num_shards(params))]
     options = {k: v for k, v in options.items() if v is not None}
     write = functools.partial(self._recompute, params)
     if self.has_cache:
@@ -79,7 +84,7 @@ class Generator:
       piece = np.asarray(write(rows, key, options))
       for row, tokens in zip(rows, piece.tolist(), strict=True):
         row += tokens
-      yield piece
+      yield piece[:count]
 
   def _seen(self, rows):
     seen = np.zeros((len(rows), self.vocab_size), bool)
@@ -105,7 +110,7 @@ class Generator:
     """Read tokens [b, t] in chunks that end at `ends`; returns the cache."""
     cache, before = None, 0
     for end in ends:
-      part = tokens[:, end - chunk : end]
+      part = shard(tokens[:, end - chunk : end], params)
       if cache is None:
         cache = self._read_first(
           params, part, start, capacity=capacity, spare=spare
@@ -262,8 +267,8 @@ class _Writer:
     if self._caches is None or self._length + self._room > self._capacity:
       most = self._context_size - self._room + 1
       self._read([row[-most:] for row in rows])
-    last = np.array([row[-1:] for row in rows], np.int32)
     (generator, params), *others = self._models
+    last = shard(np.array([row[-1:] for row in rows], np.int32), params)
     inputs = [last, self._caches, np.int32(self._surplus), rng]
     options = options | {'num_tokens': self._size}
     self._length += self._size
@@ -310,6 +315,21 @@ class _Writer:
     self._capacity = size
     self._length = longest - 1
     self._surplus = max(count, chunk) - self._length
+
+
+def num_shards(params) -> int:
+  """The number of devices that replicate parameters, and share rows."""
+  x = jax.tree.leaves(params)[0]
+  is_shared = isinstance(x, jax.Array) and x.is_fully_replicated
+  return len(x.devices()) if is_shared else 1
+
+
+def shard(rows, params):
+  """Shard rows [b, …] over the devices that replicate the parameters."""
+  if num_shards(params) == 1 or len(rows) == 1:
+    return rows
+  mesh = jax.tree.leaves(params)[0].sharding.mesh
+  return jax.device_put(rows, batched(mesh))
 
 
 def _power(number):
