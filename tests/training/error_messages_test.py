@@ -67,7 +67,8 @@ _MISTAKES = {
   ),
   'mesh': (
     ['--config.training.mesh.tensor=99'],
-    '× 99 × 1 × 1; set --config.training.cpu_devices=99 for more virtual devices',
+    '× 99 × 1 × 1; set --config.training.cpu_devices=99 for more virtual '
+    'devices',
   ),
   'no_devices': (
     ['--config.training.mesh.data=0'],
