@@ -10,7 +10,8 @@ from attention.data.files import read_lines
 from attention.training.parallelism import sharding
 
 _ROWS = 16  # prompts that are continued together
-_CPU_DEVICES = 2  # that share them
+_CPU_DEVICES = 2  # that share them if the parameters are small
+_SMALL = 2**27  # bytes; each device reads them all
 _STRATEGIES = ('temperature', 'top_k', 'top_p', 'min_p', 'repetition_penalty')
 
 
@@ -97,7 +98,7 @@ def run(arguments) -> int:
       print(text, end='', flush=True)
     print()
   else:
-    devices = sharding.replicated(sharding.make_mesh(_ROWS))
+    devices = sharding.replicated(_mesh(params))
     params = jax.device_put(params, devices)
     if draft is not None:
       draft.params = jax.device_put(draft.params, devices)
@@ -111,6 +112,15 @@ def run(arguments) -> int:
       file=sys.stderr,
     )
   return 0
+
+
+def _mesh(params):
+  """The devices that share prompts."""
+  devices = jax.devices()
+  size = sum(x.nbytes for x in jax.tree.leaves(params))
+  if devices[0].platform == 'cpu' and size > _SMALL:
+    devices = devices[:1]
+  return sharding.make_mesh(_ROWS, devices=devices)
 
 
 def _continue_lines(task, params, path, num_tokens, options):
