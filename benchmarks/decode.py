@@ -9,11 +9,10 @@ parameters (12 layers, 12 heads, 4 key heads, width 768, vocabulary of 32,000)
 64 tokens, and one of 8.0 B parameters (Llama 3's shape, which needs a GPU and
 --dtypes=bfloat16) 64 tokens. The peers are transformers' `generate` with its
 cache, on the same weights in float32 and bfloat16 (--no_peers omits them), and
-our own model without a cache (--recompute). On the CPU,
-where transformers has two threads, two virtual devices share our batches with
-the smallest model. The peers' tokens are
-compared with ours. All take turns in one process. The table shows medians over
-the rounds, and medians of the per-round ratios.
+our own model without a cache (--recompute). On the CPU, where transformers has
+two threads, two virtual devices share our batches with the smallest model. The
+peers' tokens are compared with ours. All take turns in one process. The table
+shows medians over the rounds, and medians of the per-round ratios.
 """
 
 # ruff: noqa: E402
