@@ -98,10 +98,6 @@ def run(arguments) -> int:
       print(text, end='', flush=True)
     print()
   else:
-    devices = sharding.replicated(_mesh(params))
-    params = jax.device_put(params, devices)
-    if draft is not None:
-      draft.params = jax.device_put(draft.params, devices)
     _continue_lines(
       task, params, arguments.prompts, arguments.num_tokens, options
     )
@@ -114,19 +110,24 @@ def run(arguments) -> int:
   return 0
 
 
-def _mesh(params):
-  """The devices that share prompts."""
+def _share(task, params, draft, prompts):
+  """Replicate parameters over the devices that share prompts."""
   devices = jax.devices()
   size = sum(x.nbytes for x in jax.tree.leaves(params))
-  if devices[0].platform == 'cpu' and size > _SMALL:
+  is_slower = devices[0].platform == 'cpu' and size > _SMALL
+  if is_slower or not task.has_cache or len(prompts) < 2:
     devices = devices[:1]
-  return sharding.make_mesh(_ROWS, devices=devices)
+  over = sharding.replicated(sharding.make_mesh(_ROWS, devices=devices))
+  if draft is not None:
+    draft.params = jax.device_put(draft.params, over)
+  return jax.device_put(params, over)
 
 
 def _continue_lines(task, params, path, num_tokens, options):
   prompts = read_lines(path)
   for i, prompt in enumerate(prompts):
     task.encode(f'{path}: line {i + 1}', prompt)
+  params = _share(task, params, options.get('draft'), prompts)
   for i in range(0, len(prompts), _ROWS):
     part = prompts[i : i + _ROWS]
     answers = task.continue_batch(params, part, num_tokens, **options)

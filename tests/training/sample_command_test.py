@@ -58,16 +58,34 @@ def test_a_draft_leaves_greedy_text_as_it_is(ended, config, tmp_path, capsys):
   assert message in capsys.readouterr().err
 
 
+# Runs the command, and reports the rows of each piece and of its first shard.
+_SAMPLE = """
+import sys
+from attention import __main__ as cli
+from attention.training.tasks import generation
+
+write = generation._Writer.write
+def reporting(self, rows, *more):
+  piece = write(self, rows, *more)
+  own = len(piece.addressable_shards[0].data)
+  print(f'{len(rows)} rows, {own} on each device', file=sys.stderr)
+  return piece
+generation._Writer.write = reporting
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
 def test_devices_share_prompts(ended, tmp_path, python, monkeypatch):
   path = tmp_path / 'prompts.txt'
   path.write_text('the lazy\na\nquick brown fox jumps\n')
-  words = ['-m', 'attention', 'sample', f'--workdir={ended}', '--num_tokens=9']
+  words = ['sample', f'--workdir={ended}', f'--prompts={path}', '--seed=3']
   answers = []
-  for count in (1, 2):
+  for count, shared in ((1, '3 rows, 3'), (2, '4 rows, 2')):
     flags = f'--xla_force_host_platform_device_count={count}'
     monkeypatch.setenv('XLA_FLAGS', flags)
-    process = python(*words, f'--prompts={path}', '--seed=3')
+    process = python('-c', _SAMPLE, *words, '--num_tokens=9')
     output, error = process.communicate(timeout=300)
     assert process.returncode == 0, error
+    assert f'{shared} on each device' in error
     answers.append(output)
   assert answers[0] == answers[1]

@@ -5,11 +5,11 @@ import functools
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from attention import decoding
 from attention.models.gpt import window_step
 from attention.ops.cache import Cache, align
-from attention.training.parallelism.sharding import batched
 
 PIECE = 16  # tokens that are generated at a time
 _CHUNK = 512  # tokens that are read at a time
@@ -71,8 +71,9 @@ class Generator:
     """
     count = len(rows)
     rows = [list(row) for row in rows]
-    if count > 1:
-      rows += [list(rows[-1]) for _ in range(-count % num_shards(params))]
+    over = _over_devices(params)
+    if over is not None and count > 1:
+      rows += [list(rows[-1]) for _ in range(-count % over.num_devices)]
     options = {k: v for k, v in options.items() if v is not None}
     write = functools.partial(self._recompute, params)
     if self.has_cache:
@@ -110,7 +111,7 @@ class Generator:
     """Read tokens [b, t] in chunks that end at `ends`; returns the cache."""
     cache, before = None, 0
     for end in ends:
-      part = shard(tokens[:, end - chunk : end], params)
+      part = _shard(tokens[:, end - chunk : end], params)
       if cache is None:
         cache = self._read_first(
           params, part, start, capacity=capacity, spare=spare
@@ -268,7 +269,7 @@ class _Writer:
       most = self._context_size - self._room + 1
       self._read([row[-most:] for row in rows])
     (generator, params), *others = self._models
-    last = shard(np.array([row[-1:] for row in rows], np.int32), params)
+    last = _shard(np.array([row[-1:] for row in rows], np.int32), params)
     inputs = [last, self._caches, np.int32(self._surplus), rng]
     options = options | {'num_tokens': self._size}
     self._length += self._size
@@ -317,19 +318,20 @@ class _Writer:
     self._surplus = max(count, chunk) - self._length
 
 
-def num_shards(params) -> int:
-  """The number of devices that replicate parameters, and share rows."""
-  x = jax.tree.leaves(params)[0]
-  is_shared = isinstance(x, jax.Array) and x.is_fully_replicated
-  return len(x.devices()) if is_shared else 1
+def _over_devices(params) -> NamedSharding | None:
+  """The sharding of rows over the devices of a mesh that replicates params."""
+  found = getattr(jax.tree.leaves(params)[0], 'sharding', None)
+  if not (isinstance(found, NamedSharding) and found.is_fully_replicated):
+    return None
+  return NamedSharding(found.mesh, PartitionSpec(found.mesh.axis_names))
 
 
-def shard(rows, params):
-  """Shard rows [b, …] over the devices that replicate the parameters."""
-  if num_shards(params) == 1 or len(rows) == 1:
+def _shard(rows, params):
+  """Shard rows [b, …] over devices that divide them."""
+  over = _over_devices(params)
+  if over is None or len(rows) % over.num_devices:
     return rows
-  mesh = jax.tree.leaves(params)[0].sharding.mesh
-  return jax.device_put(rows, batched(mesh))
+  return jax.device_put(rows, over)
 
 
 def _power(number):

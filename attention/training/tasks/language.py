@@ -47,7 +47,7 @@ class Language:
         f'model.vocab_size: expected at least {vocabulary.size}, the size of '
         f"the data's vocabulary, got {model['vocab_size']}"
       )
-    self._has_cache = model.get('mixer', 'attention') == 'attention'
+    self.has_cache = model.get('mixer', 'attention') == 'attention'
     forward = functools.partial(models.create, 'gpt', **model)
     self._model = hk.transform(lambda tokens, **more: forward()(tokens, **more))
 
@@ -277,7 +277,7 @@ class Language:
       ValueError: as `stream`.
     """
     named = {f'prompts[{i}]': prompt for i, prompt in enumerate(prompts)}
-    if not self._has_cache and len(prompts) > 1:
+    if not self.has_cache and len(prompts) > 1:
       # Their rows have one length.
       return [
         text
@@ -463,5 +463,5 @@ class Language:
       apply,
       vocab_size=self.vocabulary.size,
       context_size=self.context_size,
-      has_cache=self._has_cache,
+      has_cache=self.has_cache,
     )
