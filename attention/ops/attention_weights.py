@@ -9,8 +9,8 @@ import numpy as np
 
 from attention.ops import batching
 from attention.ops.arguments import check
+from attention.ops.conditions import LEAST, MASKED
 from attention.ops.implementations import reference
-from attention.ops.masks import LEAST, MASKED
 
 
 def attention_weights(query, key, *, heads=None, queries=None, **arguments):

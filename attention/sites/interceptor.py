@@ -7,7 +7,7 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 
-from attention.modules.evoformer.layers import AxialAttention
+from attention.modules.evoformer.axial_attention import AxialAttention
 from attention.modules.gated import GatedAttention, GlobalAttention
 from attention.modules.layers import Stream
 from attention.modules.multihead import MultiHeadAttention

@@ -10,15 +10,17 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 
-from attention.modules.evoformer.layers import (
+from attention.modules.evoformer.axial_attention import (
   MSAColumnAttention,
   MSAColumnGlobalAttention,
   MSARowAttentionWithPairBias,
-  OuterProductMean,
-  Transition,
   TriangleAttention,
+)
+from attention.modules.evoformer.products import (
+  OuterProductMean,
   TriangleMultiplication,
 )
+from attention.modules.evoformer.transition import Transition
 from attention.modules.layers import Stream
 from attention.ops import meshes
 from attention.ops.dropout import check_rate

@@ -9,8 +9,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from attention.ops.conditions import Band, Lengths
 from attention.ops.implementations.base import Recomputing
-from attention.ops.masks import Band, Lengths, Mask
+from attention.ops.masks import Mask
 
 _MAX_SIZE = 128  # channels per head, on all GPUs that cuDNN supports
 

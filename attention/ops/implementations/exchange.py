@@ -14,11 +14,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from attention.ops.biases import ArrayBias, Relative
+from attention.ops.conditions import Band, Dense, Prefix, Segments
 from attention.ops.implementations.base import (
   Implementation,
   gradient_of_options,
 )
-from attention.ops.masks import Band, Dense, Mask, Prefix, Segments
+from attention.ops.masks import Mask
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from attention.ops.conditions import LEAST, MASKED
 from attention.ops.implementations import contractions
 from attention.ops.implementations.base import Recomputing
-from attention.ops.masks import LEAST, MASKED
 from attention.ops.options import Options
 
 

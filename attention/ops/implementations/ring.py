@@ -21,11 +21,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from attention.ops.biases import ArrayBias, PlacedRelative
+from attention.ops.conditions import LEAST, Dense, Placed, Segments
 from attention.ops.implementations.base import (
   Implementation,
   gradient_of_options,
 )
-from attention.ops.masks import LEAST, Dense, Mask, Placed, Segments
+from attention.ops.masks import Mask
 
 # The smallest piece of keys and chunk of queries, and the most of each that a
 # shard is divided into.

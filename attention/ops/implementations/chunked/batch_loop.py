@@ -14,6 +14,7 @@ import numpy as np
 from jax import lax
 
 from attention.ops import batching
+from attention.ops.conditions import LEAST, MASKED
 from attention.ops.implementations.base import (
   Implementation,
   gradient_of_options,
@@ -24,7 +25,6 @@ from attention.ops.implementations.contractions import (
   sum_keys,
   sum_queries,
 )
-from attention.ops.masks import LEAST, MASKED
 
 # Logits per chunk. On CPU, XLA fuses the forward pass into one kernel, which is
 # fastest at 8 MiB. The backward pass is several kernels, fastest at 2 MiB.

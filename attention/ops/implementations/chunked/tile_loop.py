@@ -13,6 +13,7 @@ import numpy as np
 from jax import lax
 
 from attention.ops import batching
+from attention.ops.conditions import LEAST, MASKED
 from attention.ops.implementations.base import (
   Implementation,
   gradient_of_options,
@@ -22,7 +23,6 @@ from attention.ops.implementations.chunked.tiles import (
   Tiles,
   find_spans,
 )
-from attention.ops.masks import LEAST, MASKED
 
 
 @dataclasses.dataclass(frozen=True)

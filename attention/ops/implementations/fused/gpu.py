@@ -15,6 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from attention.ops.conditions import LEAST
 from attention.ops.implementations.base import gradient_of_options
 from attention.ops.implementations.fused import operands
 from attention.ops.implementations.fused.bias_gradient import (
@@ -35,7 +36,6 @@ from attention.ops.implementations.fused.operands import (
   Distances,
 )
 from attention.ops.implementations.fused.tile import dot
-from attention.ops.masks import LEAST
 
 _MIN_PROGRAMS = 600  # to fill a GPU: four per multiprocessor, or more
 _MAX_PARTS = 16  # that a bias gradient is split into

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import triton
 
+from attention.ops.conditions import Dense, Segments
 from attention.ops.implementations.fused.gpu_launch import next_power
 from attention.ops.implementations.fused.operands import is_per_row
 from attention.ops.implementations.fused.tile import Tile, combine
-from attention.ops.masks import Dense, Segments
 
 
 def _load(place, mask, other=0):

@@ -14,7 +14,7 @@ from jax import lax
 
 from attention.ops import batching
 from attention.ops.biases import Relative
-from attention.ops.masks import Dense, Segments
+from attention.ops.conditions import Dense, Segments
 
 LOG2E = math.log2(math.e)
 

@@ -5,8 +5,8 @@ import dataclasses
 import jax.numpy as jnp
 from jax import lax
 
+from attention.ops.conditions import MASKED, Dense, Segments
 from attention.ops.implementations.fused.operands import LOG2E, Distances
-from attention.ops.masks import MASKED, Dense, Segments
 
 
 def combine(one, two):

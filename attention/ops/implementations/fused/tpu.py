@@ -16,6 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from attention.ops.conditions import LEAST
 from attention.ops.implementations.base import gradient_of_options
 from attention.ops.implementations.fused import operands
 from attention.ops.implementations.fused.bias_gradient import (
@@ -42,7 +43,6 @@ from attention.ops.implementations.fused.tpu_blocks import (
   restore,
   restore_entries,
 )
-from attention.ops.masks import LEAST
 
 
 def forward(settings, query, key, value, options):

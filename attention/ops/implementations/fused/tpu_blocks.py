@@ -17,10 +17,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from attention.ops.conditions import Band, Dense, Segments
 from attention.ops.implementations.fused import operands
 from attention.ops.implementations.fused.operands import Distances, is_per_row
 from attention.ops.implementations.fused.tile import Tile
-from attention.ops.masks import Band, Dense, Segments
 
 _LANES = 128  # positions per block are a multiple of this
 _CHANNELS = 16  # channels too: the sublanes of a 16-bit register
