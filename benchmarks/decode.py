@@ -10,9 +10,10 @@ parameters (12 layers, 12 heads, 4 key heads, width 768, vocabulary of 32,000)
 --dtypes=bfloat16) 64 tokens. The peers are transformers' `generate` with its
 cache, on the same weights in float32 and bfloat16 (--no_peers omits them), and
 our own model without a cache (--recompute). On the CPU, where transformers has
-two threads, two virtual devices share our batches with the smallest model. The
-peers' tokens are compared with ours. All take turns in one process. The table
-shows medians over the rounds, and medians of the per-round ratios.
+two threads, two virtual devices share our batches with the smallest model;
+--devices=1 leaves them to one. The peers' tokens are compared with ours. All
+take turns in one process. The table shows medians over the rounds, and medians
+of the per-round ratios.
 """
 
 # ruff: noqa: E402
@@ -105,7 +106,7 @@ def our_model(fields, dtype):
   return model, init(jax.random.key(0))
 
 
-def ours(model, params, prompt, new):
+def ours(model, params, prompt, new, devices):
   """Compile greedy decoding with a cache; returns (program, inputs)."""
 
   @jax.jit
@@ -117,18 +118,19 @@ def ours(model, params, prompt, new):
     cache = Cache.create(PROMPT + new - 1)
     return decoding.greedy(step, cache, prompt, new)
 
-  inputs = shared(params, prompt)
+  inputs = shared(params, prompt, devices)
   return decode.lower(*inputs).compile(), inputs
 
 
-def shared(params, prompt):
-  """Share the rows of the prompt among all devices, if that is faster."""
-  count = len(jax.devices())
+def shared(params, prompt, devices):
+  """Share the rows of the prompt among devices, if that is faster."""
+  count = len(devices)
   # Each device reads all parameters.
   is_small = sum(x.nbytes for x in jax.tree.leaves(params)) <= 2**27
   if len(prompt) % count or not is_small:
     return params, prompt
-  mesh = jax.make_mesh((count,), ('data',), axis_types=(AxisType.Auto,))
+  auto = (AxisType.Auto,)
+  mesh = jax.make_mesh((count,), ('data',), axis_types=auto, devices=devices)
   return (
     jax.device_put(params, NamedSharding(mesh, PartitionSpec())),
     jax.device_put(prompt, NamedSharding(mesh, PartitionSpec('data'))),
@@ -194,6 +196,7 @@ def main():
   )
   parser.add_argument('--size', choices=FIELDS, default='gpt')
   parser.add_argument('--rounds', type=int, default=7)
+  parser.add_argument('--devices', type=int, default=2)
   parser.add_argument('--batch_sizes', default='1,16')
   parser.add_argument(
     '--recompute', action='store_true', help='include decoding without a cache'
@@ -219,7 +222,8 @@ def main():
     prompt = rng.integers(0, fields['vocab_size'], (batch_size, PROMPT))
     contestants = {}
     for dtype in dtypes:
-      compiled, inputs = ours(model, weights[dtype], prompt, new)
+      devices = jax.devices()[: arguments.devices]
+      compiled, inputs = ours(model, weights[dtype], prompt, new, devices)
       contestants[f'attention, {dtype}'] = functools.partial(compiled, *inputs)
       itemsize = jnp.dtype(dtype).itemsize
       console.print(
