@@ -9,8 +9,9 @@ import pytest
 
 import attention
 from attention import Mask
+from attention.ops import cpu_kernels
 from attention.ops.implementations import dispatch
-from attention.ops.implementations.fused import Tpu, Triton
+from attention.ops.implementations.fused import Cpu, Tpu, Triton
 from attention.ops.platforms import default_platform
 
 pytestmark = pytest.mark.usefixtures('exact_products')
@@ -218,6 +219,22 @@ class TestFused(Contract):
       pytest.skip(f'kernels for {platform!r} do not run on {here!r}')
     platforms = dispatch._IMPLEMENTATIONS['fused']
     monkeypatch.setitem(platforms, here, kernels(interpret=here == 'cpu'))
+
+
+class TestCpuKernels(Contract):
+  """The C++ kernels, where a compiler has built them."""
+
+  implementation = 'fused'
+
+  @pytest.fixture(autouse=True)
+  def kernels_here(self, monkeypatch, request):
+    if reason := cpu_kernels.reason():
+      pytest.skip(reason)
+    if getattr(request.node, 'callspec', None):
+      if request.node.callspec.params.get('dtype') == jnp.float16:
+        pytest.skip('no float16')
+    platforms = dispatch._IMPLEMENTATIONS['fused']
+    monkeypatch.setitem(platforms, default_platform(), Cpu())
 
 
 def test_default_matches_formula(qkv, assert_close):

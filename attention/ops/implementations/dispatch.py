@@ -14,7 +14,7 @@ from attention.ops.implementations.base import (
 )
 from attention.ops.implementations.chunked import Chunked, TileLoop
 from attention.ops.implementations.exchange import Heads, Striped
-from attention.ops.implementations.fused import Tpu, Triton
+from attention.ops.implementations.fused import Cpu, Tpu, Triton
 from attention.ops.implementations.ring import Ring
 from attention.ops.platforms import (
   PARTITIONED_TPUS,
@@ -35,7 +35,7 @@ class _Missing(Implementation):
 
 # By name and by platform; None stands for all other platforms.
 _IMPLEMENTATIONS = {
-  'fused': {'cuda': Triton(), 'tpu': Tpu()},
+  'fused': {'cpu': Cpu(), 'cuda': Triton(), 'tpu': Tpu()},
   'chunked': {'cpu': Chunked(), None: Chunked(is_cpu=False)},
   'reference': {None: reference.Reference()},
   'cudnn': {'cuda': cudnn.Cudnn()},

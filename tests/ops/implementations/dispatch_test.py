@@ -7,6 +7,7 @@ import pytest
 
 import attention
 from attention import Mask
+from attention.ops import cpu_kernels
 
 B, Q, K, H, G, D, E = 3, 5, 7, 6, 2, 11, 13
 
@@ -23,10 +24,11 @@ def test_explain_follows_platform():
     reasons = attention.explain(x, x, x, is_causal=True, platform=platform)
     return dict(reasons)
 
-  for platform in ('cpu', 'rocm'):
-    reasons = explain(platform)
-    assert reasons['fused'] == f'no kernel for platform {platform!r}'
-    assert reasons['chunked'] == 'chosen'
+  reasons = explain('rocm')
+  assert reasons['fused'] == "no kernel for platform 'rocm'"
+  assert reasons['chunked'] == 'chosen'
+  reasons = explain('cpu')
+  assert reasons['fused'] == cpu_kernels.reason() or 'chosen'
   assert explain('gpu') == explain('cuda')
   for platform in ('cuda', 'tpu'):
     assert explain(platform)['fused'] == 'chosen'
@@ -45,7 +47,8 @@ def test_dispatch_follows_lowering_platform(qkv, a_gpu):
   with a_gpu():
     assert 'attention_forward_kernel' in text('cuda')
   assert 'tpu_custom_call' in text('tpu')
-  assert 'custom_call' not in text('cpu')
+  is_built = cpu_kernels.reason() is None
+  assert ('attention_forward' in text('cpu')) == is_built
   with pytest.raises(NotImplementedError, match='fused: .*64 queries'):
     function = jax.jit(
       lambda *a: attention.dot_product_attention(*a, implementation='fused')
@@ -80,8 +83,14 @@ def test_explain_accepts_shapes():
 
 def test_unsupported_platform_raises(qkv):
   qkv = jax.device_put(qkv, jax.devices('cpu')[0])
-  with pytest.raises(NotImplementedError, match="fused: .*platform 'cpu'"):
-    attention.dot_product_attention(*qkv, implementation='fused')
+  with pytest.raises(NotImplementedError, match="cudnn: .*platform 'cpu'"):
+    attention.dot_product_attention(*qkv, implementation='cudnn')
+
+
+def test_without_cpu_kernels_the_loops_take_over(qkv, monkeypatch):
+  monkeypatch.setattr(cpu_kernels, 'reason', lambda: 'not built')
+  reported = attention.explain(*qkv, platform='cpu')
+  assert reported[:2] == [('fused', 'not built'), ('chunked', 'chosen')]
 
 
 def test_sequence_of_implementations_falls_back(qkv, assert_close):

@@ -1,4 +1,4 @@
-"""Compare the `fused` kernels, interpreted on a CPU, to the reference."""
+"""Compare the `fused` kernels to the reference; interpreted, if not for CPUs."""
 
 import dataclasses
 
@@ -9,11 +9,11 @@ import pytest
 
 import attention
 from attention import Mask
-from attention.ops import biases
+from attention.ops import biases, cpu_kernels
 from attention.ops.arguments import check
 from attention.ops.implementations import reference
 from attention.ops.implementations.dispatch import dispatch
-from attention.ops.implementations.fused import Tpu, Triton, operands
+from attention.ops.implementations.fused import Cpu, Tpu, Triton, operands
 from attention.ops.implementations.fused.gpu_launch import Launch
 from attention.ops.implementations.fused.tile import dot
 from attention.ops.platforms import default_platform
@@ -22,6 +22,7 @@ pytestmark = pytest.mark.usefixtures('exact_products')
 B, H, G, D, E = (2, 3), 4, 2, 8, 20
 # Queries and keys fill several blocks, the last one partly.
 KINDS = {
+  'cpu': (Cpu(), 150, 290),
   'cuda': (Triton(), 37, 70),
   'tpu': (Tpu(most=128), 150, 290),
 }
@@ -114,6 +115,10 @@ def _kernels(kind):
   platform = default_platform()
   if platform not in ('cpu', kind):
     pytest.skip(f'{kind!r} kernels do not run on {platform!r}')
+  if kind == 'cpu':
+    if reason := cpu_kernels.reason():
+      pytest.skip(reason)
+    return kernels, q, k
   return dataclasses.replace(kernels, interpret=platform == 'cpu'), q, k
 
 
@@ -176,8 +181,8 @@ def test_stages_fit_into_the_shared_memory_of_small_gpus(
 )
 def test_head_sizes_and_dtypes(kind, dtype, sizes, assert_close):
   kernels, q, k = _kernels(kind)
-  if kind == 'tpu' and dtype == 'float16':
-    pytest.skip('TPUs have no float16')
+  if kind in ('cpu', 'tpu') and dtype == 'float16':
+    pytest.skip(f'{kind!r} kernels have no float16')
   arguments = _arguments('bias_causal', q, k, dtype, *sizes, batch=(1,))
   got = _run(kernels, *arguments)
   expected = _run(reference.attention, *arguments)

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attention.ops import cpu_kernels
 from attention.ops.implementations.base import Implementation
 from attention.ops.implementations.fused.operands import LOG2E
 
@@ -38,10 +39,14 @@ def _common_refusal(query, key, value, options):
   if len(set(dtypes)) > 1:
     names = ', '.join(map(str, dtypes))
     return f'expected query, key and value of the same dtype, got {names}'
-  largest = max(query.shape[-1], value.shape[-1])
   leaves = jax.tree.leaves((query, key, value, options))
   if max(map(np.size, leaves)) >= 2**31:
     return 'expected arrays of fewer than 2^31 elements'
+
+
+def _size_refusal(query, value):
+  """Why the kernels for accelerators don't support these heads, or None."""
+  largest = max(query.shape[-1], value.shape[-1])
   if largest > _MAX_CHANNELS:
     return f'expected at most {_MAX_CHANNELS} channels per head, got {largest}'
 
@@ -100,7 +105,9 @@ class Triton(_Kernels):
   def refusal(self, query, key, value, options):
     if not _has_backend('triton'):
       return f'JAX {jax.__version__} has no Pallas Triton backend'
-    return _common_refusal(query, key, value, options)
+    return _size_refusal(query, value) or _common_refusal(
+      query, key, value, options
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,4 +136,20 @@ class Tpu(_Kernels):
         f'expected at most {_MAX_SCALARS} scalars in the mask, got {scalars}; '
         'scalar memory holds no more'
       )
-    return _common_refusal(query, key, value, options)
+    return _size_refusal(query, value) or _common_refusal(
+      query, key, value, options
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Cpu(_Kernels):
+  """C++ kernels for CPUs, where a compiler has built them."""
+
+  module = 'cpu'
+
+  def refusal(self, query, key, value, options):
+    return (
+      cpu_kernels.reason()
+      or self._module.refusal(query, options)
+      or _common_refusal(query, key, value, options)
+    )

@@ -1,0 +1,53 @@
+"""Kernels in C++ for CPUs, as foreign functions of XLA.
+
+A compiler builds them when the package is installed; see setup.py. Without one,
+`reason` tells why there are none, and plain XLA takes their place.
+
+| file | holds |
+|---|---|
+| `call.h` | the arguments, which all instruction sets share |
+| `vectors.h` | vectors of one instruction set, and products of blocks |
+| `attention.h` | attention and its gradient, of some queries of a head |
+| `kernels.cc` | what XLA calls: the choice of instruction set, threads |
+"""
+
+import ctypes
+import functools
+import pathlib
+import sysconfig
+
+import jax
+
+_TARGETS = 'attention_forward', 'attention_backward'
+
+
+@functools.cache
+def reason() -> str | None:
+  """Register the kernels with XLA; return why they can't be used, or None."""
+  suffix = sysconfig.get_config_var('EXT_SUFFIX')
+  path = pathlib.Path(__file__).with_name(f'kernels{suffix}')
+  if not path.exists():
+    return (
+      'the CPU kernels are not built; install the package with a C++ compiler '
+      'at hand'
+    )
+  try:
+    library = ctypes.CDLL(str(path))
+    for target in _TARGETS:
+      jax.ffi.register_ffi_target(
+        target, jax.ffi.pycapsule(getattr(library, target)), platform='cpu'
+      )
+  except Exception as error:  # built for another machine or version of XLA
+    message = str(error).splitlines()[0]
+    return f'the CPU kernels cannot be loaded; install again ({message})'
+  return None
+
+
+def instruction_set() -> str:
+  """Return the instruction set that the kernels use on this processor."""
+  suffix = sysconfig.get_config_var('EXT_SUFFIX')
+  library = ctypes.CDLL(
+    str(pathlib.Path(__file__).with_name(f'kernels{suffix}'))
+  )
+  library.attention_instruction_set.restype = ctypes.c_char_p
+  return library.attention_instruction_set().decode()

@@ -1,0 +1,140 @@
+// Vectors of floats, and the products that attention and layers consist of.
+//
+// kernels.cc includes this file once for each instruction set, in a namespace
+// of its own, after defining LANES (floats in a vector) and REGISTERS (vector
+// registers). It relies on the vector extensions of GCC and Clang.
+
+typedef float Vector __attribute__((vector_size(4 * LANES)));
+typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Unsigned __attribute__((vector_size(4 * LANES)));
+
+constexpr int kLanes = LANES;
+// The widest block of a product's result, in vectors, and its size in
+// registers. The others hold a row of the right operand and a broadcast.
+constexpr int kMaxVectors = REGISTERS == 32 ? 4 : 2;
+constexpr int kAccumulators = REGISTERS == 32 ? 24 : 12;
+
+INLINE Vector load(const float* x) {
+  Vector y;
+  std::memcpy(&y, x, sizeof y);
+  return y;
+}
+
+INLINE void store(float* x, Vector y) { std::memcpy(x, &y, sizeof y); }
+
+INLINE Vector broadcast(float x) { return x - Vector{}; }
+
+// The larger of two numbers.
+INLINE Vector maximum(Vector x, Vector y) { return x > y ? x : y; }
+
+// The largest number of a vector.
+INLINE float maximum(Vector x) {
+  float y[kLanes];
+  store(y, x);
+#pragma GCC unroll 4
+  for (int half = kLanes / 2; half; half /= 2)
+    for (int i = 0; i < half; ++i) y[i] = y[i] > y[i + half] ? y[i] : y[i + half];
+  return y[0];
+}
+
+INLINE float sum(Vector x) {
+  float y[kLanes];
+  store(y, x);
+#pragma GCC unroll 4
+  for (int half = kLanes / 2; half; half /= 2)
+    for (int i = 0; i < half; ++i) y[i] += y[i + half];
+  return y[0];
+}
+
+// 2^x, within 2e-7 of it relatively; 0 below 2^-126. NaN stays NaN.
+INLINE Vector exp2(Vector x) {
+  // Adding 1.5 · 2^23 rounds to an integer, which the low bits then hold.
+  const Vector magic = broadcast(12582912.0f);
+  Vector shifted = x + magic;
+  Vector f = x - (shifted - magic);
+  // A least-squares fit of 2^f on [-1/2, 1/2], within 2e-9.
+  Vector p = broadcast(1.53375768e-4f);
+  p = p * f + 1.33998604e-3f;
+  p = p * f + 9.61851953e-3f;
+  p = p * f + 5.55032900e-2f;
+  p = p * f + 2.40226466e-1f;
+  p = p * f + 6.93147206e-1f;
+  p = p * f + 1.0f;
+  Integers exponent = ((Integers)shifted - (Integers)magic) << 23;
+  return x < -126.0f ? Vector{} : (Vector)((Integers)p + exponent);
+}
+
+INLINE Vector tanh(Vector x) {
+  // Beyond 10, 1 in float32; the bound also keeps 2^x finite.
+  Vector bounded = x > 10.0f ? broadcast(10.0f) : x;
+  bounded = bounded < -10.0f ? broadcast(-10.0f) : bounded;
+  return 1.0f - 2.0f / (exp2(bounded * 2.8853901f) + 1.0f);
+}
+
+// A block of c = a b or c += a b: `rows` × `vectors` · kLanes.
+template <int rows, int vectors, bool adds>
+INLINE void multiply_block(float* c, int64_t c_row, const float* a,
+                           int64_t a_row, int64_t a_column, const float* b,
+                           int64_t b_row, int64_t depth) {
+  Vector sums[rows][vectors];
+  for (int i = 0; i < rows; ++i)
+    for (int j = 0; j < vectors; ++j)
+      sums[i][j] = adds ? load(c + i * c_row + j * kLanes) : Vector{};
+  for (int64_t k = 0; k < depth; ++k) {
+    Vector right[vectors];
+    for (int j = 0; j < vectors; ++j) right[j] = load(b + k * b_row + j * kLanes);
+    for (int i = 0; i < rows; ++i) {
+      Vector left = broadcast(a[i * a_row + k * a_column]);
+      for (int j = 0; j < vectors; ++j) sums[i][j] += left * right[j];
+    }
+  }
+  for (int i = 0; i < rows; ++i)
+    for (int j = 0; j < vectors; ++j) store(c + i * c_row + j * kLanes, sums[i][j]);
+}
+
+// All rows, for columns that fill `vectors` vectors.
+template <int vectors, bool adds>
+void multiply_columns(float* c, int64_t c_row, const float* a, int64_t a_row,
+                      int64_t a_column, const float* b, int64_t b_row,
+                      int64_t rows, int64_t depth) {
+  constexpr int block = kAccumulators / vectors < 12 ? kAccumulators / vectors : 12;
+  int64_t i = 0;
+#define ATTENTION_ROWS(count)                                              \
+  for (; i + (count) <= rows; i += (count))                                \
+    multiply_block<(count), vectors, adds>(c + i * c_row, c_row, a + i * a_row,  \
+                                     a_row, a_column, b, b_row, depth);
+  ATTENTION_ROWS(block)
+  if constexpr (block > 4) { ATTENTION_ROWS(4) }
+  if constexpr (block > 2) { ATTENTION_ROWS(2) }
+  ATTENTION_ROWS(1)
+#undef ATTENTION_ROWS
+}
+
+// c = a b or, if it `adds`, c += a b; `columns` is a multiple of kLanes.
+//
+// `a` is [rows, depth] with any strides, so that it may be transposed.
+template <bool adds>
+void multiply(float* c, int64_t c_row, const float* a, int64_t a_row,
+                     int64_t a_column, const float* b, int64_t b_row,
+                     int64_t rows, int64_t columns, int64_t depth) {
+  int64_t vectors = columns / kLanes;
+  while (vectors > 0) {
+    int count = vectors < kMaxVectors ? vectors : kMaxVectors;
+    switch (count) {
+#define ATTENTION_COLUMNS(count)                                              \
+  case count:                                                                 \
+    multiply_columns<count, adds>(c, c_row, a, a_row, a_column, b, b_row, rows, depth); \
+    break;
+      ATTENTION_COLUMNS(1)
+      ATTENTION_COLUMNS(2)
+#if REGISTERS == 32
+      ATTENTION_COLUMNS(3)
+      ATTENTION_COLUMNS(4)
+#endif
+#undef ATTENTION_COLUMNS
+    }
+    vectors -= count;
+    c += count * kLanes;
+    b += count * kLanes;
+  }
+}
