@@ -109,7 +109,7 @@ class MultiHeadAttention(hk.Module):
     if is_cached:
       q, _, _ = self._project(query, None, None, model_size)
       q, _ = self._encode(q, None, positions, is_self=False)
-      k, v = cache.key, cache.value
+      k, v = cache.keys_and_values()
     else:
       q, k, v = self._project(query, key, value, model_size)
       if isinstance(cache, Cache) and self.with_rotary and positions is None:
@@ -118,7 +118,7 @@ class MultiHeadAttention(hk.Module):
       if isinstance(cache, Cache):
         cache, (k, v, mask, bias) = cache.extend(k, v, mask, bias)
       elif cache is not None:
-        cache = CrossCache(k, v)
+        cache = CrossCache.create(k, v)
     heads = self.attend(q, k, v, mask=mask, bias=bias, is_training=is_training)
     output = self._join(heads, model_size)
     return output if cache is None else (output, cache)

@@ -260,10 +260,22 @@ class Cache:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class CrossCache:
-  """Cross-attention's keys and values of a context, computed once."""
+  """Cross-attention's keys and values of a context, computed once.
 
-  key: object = None  # [*b, k, g, d]
-  value: object = None  # [*b, k, g, e]
+  Their layouts are those of `Cache`.
+  """
+
+  key: object = None  # [*b, g, d, k]
+  value: object = None  # [*b, g, k, e]
+
+  @classmethod
+  def create(cls, key, value) -> 'CrossCache':
+    """Store keys [*b, k, g, d] and values [*b, k, g, e]."""
+    return cls(jnp.moveaxis(key, -3, -1), value.swapaxes(-3, -2))
+
+  def keys_and_values(self):
+    """Return keys [*b, k, g, d] and values [*b, k, g, e]."""
+    return jnp.moveaxis(self.key, -1, -3), self.value.swapaxes(-3, -2)
 
 
 def align(sequences, length: int | None = None):

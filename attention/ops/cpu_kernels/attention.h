@@ -70,15 +70,16 @@ void pack(const T* x, int64_t x_row, float* y, int64_t y_row, int64_t rows,
     prefetch(x + (i + kAhead) * x_row, columns);
     for (int64_t j = 0; j < columns; ++j)
       y[i * y_row + j] = factor * to_float(x[i * x_row + j]);
-    for (int64_t j = columns; j < y_row; ++j) y[i * y_row + j] = 0;
+    for (int64_t j = columns; j < padded(columns); ++j) y[i * y_row + j] = 0;
   }
 }
 
-// y [columns, y_row] = xᵀ, and 0 beyond its `rows` columns.
+// y = xᵀ, in rows of y_row, with zeros up to a whole vector.
 template <typename T>
 void pack_transposed(const T* x, int64_t x_row, float* y, int64_t y_row,
                      int64_t rows, int64_t columns) {
-  if (rows < y_row) std::memset(y, 0, 4 * y_row * columns);
+  for (int64_t j = 0; j < columns && rows < padded(rows); ++j)
+    std::memset(y + j * y_row + rows, 0, 4 * (padded(rows) - rows));
   for (int64_t i = 0; i < rows; ++i) {
     prefetch(x + (i + kAhead) * x_row, columns);
     for (int64_t j = 0; j < columns; ++j)
@@ -98,32 +99,59 @@ void pack_queries(const Chunk& chunk, const void* x, float* y, int64_t size,
   }
 }
 
-// A block of keys or values: [count, size] at x, in rows of x_row.
+// A matrix in memory, in rows of `row` floats.
+struct Matrix {
+  const float* x;
+  int64_t row;
+};
+
+// `count` keys or values of one head from `key` on.
 template <typename T>
 struct Keys {
   const T* x;
-  int64_t x_row, x_column;
+  int64_t count, size, x_row, x_column;
 
-  Keys(const Call& call, const void* array, int64_t row, int64_t group,
-       int64_t key, int64_t size, bool is_transposed) {
-    auto base = static_cast<const T*>(array);
+  Keys(const Chunk& chunk, const void* array, int64_t key, int64_t count,
+       int64_t size, bool is_transposed)
+      : count(count), size(size) {
+    const Call& call = chunk.call;
+    x = static_cast<const T*>(array);
     if (!call.is_cache) {
-      x = base + ((row * call.keys + key) * call.groups + group) * size;
+      x += ((chunk.row * call.keys + key) * call.groups + chunk.group) * size;
       x_row = call.groups * size, x_column = 1;
       return;
     }
-    base += (row * call.groups + group) * call.keys * size;
-    x = base + (is_transposed ? key : key * size);
+    x += (chunk.row * call.groups + chunk.group) * call.keys * size;
+    x += is_transposed ? key : key * size;
     x_row = is_transposed ? 1 : size;
     x_column = is_transposed ? call.keys : 1;
   }
-  void rows(float* y, int64_t y_row, int64_t count, int64_t size) const {
-    if (x_column == 1) return pack(x, x_row, y, y_row, count, size);
-    pack_transposed(x, x_column, y, y_row, size, count);
+  // [count, size], packed into y.
+  Matrix rows(float* y) const {
+    if (x_column == 1)
+      pack(x, x_row, y, padded(size), count, size);
+    else
+      pack_transposed(x, x_column, y, padded(size), size, count);
+    return {y, padded(size)};
   }
-  void columns(float* y, int64_t y_row, int64_t count, int64_t size) const {
-    if (x_column == 1) return pack_transposed(x, x_row, y, y_row, count, size);
-    pack(x, x_column, y, y_row, size, count);
+  // [size, count], packed into y.
+  Matrix columns(float* y) const {
+    if (x_column == 1)
+      pack_transposed(x, x_row, y, kKeys, count, size);
+    else
+      pack(x, x_column, y, kKeys, size, count);
+    return {y, kKeys};
+  }
+  // The same in place, or packed where that is not possible.
+  Matrix rows_in_place(float* y) const {
+    if constexpr (std::is_same_v<T, float>)
+      if (x_column == 1 && size == padded(size)) return {x, x_row};
+    return rows(y);
+  }
+  Matrix columns_in_place(float* y) const {
+    if constexpr (std::is_same_v<T, float>)
+      if (x_row == 1 && count == padded(count)) return {x, x_column};
+    return columns(y);
   }
 };
 
@@ -205,8 +233,9 @@ inline bool is_masked(const Chunk& chunk, const Block& block, int64_t key,
   return true;
 }
 
-inline std::vector<Block> blocks_of(const Chunk& chunk) {
-  std::vector<Block> blocks;
+inline const std::vector<Block>& blocks_of(const Chunk& chunk) {
+  thread_local std::vector<Block> blocks;
+  blocks.clear();
   int64_t lines = chunk.lines.size();
   for (int64_t first = 0; first < lines; first += kQueries)
     blocks.emplace_back(chunk, first);
@@ -224,14 +253,14 @@ void forward(const Chunk& chunk, void* output, float* tops, float* log_totals) {
   float* sums = scratch.take(lines, e);
   float* top = scratch.take(1, most);
   float* totals = scratch.take(lines, kLanes);  // a vector of parts each
-  float* keys = scratch.take(call.key_size, kKeys);
-  float* values = scratch.take(kKeys, e);
+  float* packed_keys = scratch.take(call.key_size, kKeys);
+  float* packed_values = scratch.take(kKeys, e);
   float* weights = scratch.take(kQueries, kKeys);
   pack_queries<T>(chunk, call.query, queries, call.key_size, call.factor());
   std::memset(sums, 0, 4 * lines * e);
   std::fill(top, top + most, kLeast);
   std::memset(totals, 0, 4 * lines * kLanes);
-  auto blocks = blocks_of(chunk);
+  const auto& blocks = blocks_of(chunk);
   int64_t low = call.keys, high = -1;
   for (const Block& block : blocks)
     low = std::min(low, block.low), high = std::max(high, block.high);
@@ -239,19 +268,21 @@ void forward(const Chunk& chunk, void* output, float* tops, float* log_totals) {
   for (int64_t key = low / kKeys * kKeys; key <= high; key += kKeys) {
     int64_t count = std::min(kKeys, call.keys - key), width = padded(count);
     bool is_packed = false;
+    Matrix keys, values;
     for (const Block& block : blocks) {
       if (block.low >= key + count || block.high < key) continue;
       if (is_masked(chunk, block, key, count)) continue;
       if (!is_packed) {
-        Keys<T>(call, call.key, chunk.row, chunk.group, key, call.key_size, true)
-            .columns(keys, kKeys, count, call.key_size);
-        Keys<T>(call, call.value, chunk.row, chunk.group, key, call.value_size,
-                false)
-            .rows(values, e, count, call.value_size);
+        Keys<T> k(chunk, call.key, key, count, call.key_size, true);
+        Keys<T> v(chunk, call.value, key, count, call.value_size, false);
+        keys = call.is_cache ? k.columns_in_place(packed_keys)
+                             : k.columns(packed_keys);
+        values = call.is_cache ? v.rows_in_place(packed_values)
+                               : v.rows(packed_values);
         is_packed = true;
       }
-      multiply<false>(weights, kKeys, queries + block.first * d, d, 1, keys,
-                      kKeys, block.count, width, call.key_size);
+      multiply<false>(weights, kKeys, queries + block.first * d, d, 1, keys.x,
+                      keys.row, block.count, width, call.key_size);
       finish_logits(chunk, block, key, count, weights, width, nullptr);
       for (int64_t r = 0; r < block.count; ++r) {
         float* x = weights + r * kKeys;
@@ -282,8 +313,8 @@ void forward(const Chunk& chunk, void* output, float* tops, float* log_totals) {
           store(x + j,
                 load(x + j) * dropout_factors(call.dropout, hash, key + j));
       }
-      multiply<true>(sums + block.first * e, e, weights, kKeys, 1, values, e,
-                     block.count, e, count);
+      multiply<true>(sums + block.first * e, e, weights, kKeys, 1, values.x,
+                     values.row, block.count, e, count);
     }
   }
 
@@ -334,7 +365,7 @@ void backward(const Chunk& chunk, const Gradients& gradients) {
       total += d_outputs[n * e + c] * to_float(y[c]);
     gradients.deltas[at] = deltas[n] = total;
   }
-  auto blocks = blocks_of(chunk);
+  const auto& blocks = blocks_of(chunk);
   int64_t low = call.keys, high = -1;
   for (const Block& block : blocks)
     low = std::min(low, block.low), high = std::max(high, block.high);
@@ -346,15 +377,13 @@ void backward(const Chunk& chunk, const Gradients& gradients) {
       if (block.low >= key + count || block.high < key) continue;
       if (is_masked(chunk, block, key, count)) continue;
       if (!is_packed) {
-        Keys<T> k(call, call.key, chunk.row, chunk.group, key, call.key_size,
-                  true);
-        Keys<T> v(call, call.value, chunk.row, chunk.group, key,
-                  call.value_size, false);
-        k.columns(keys_t, kKeys, count, call.key_size);
-        k.rows(keys, d, count, call.key_size);
-        v.columns(values_t, kKeys, count, call.value_size);
-        std::memset(d_keys, 0, 4 * kKeys * d);
-        std::memset(d_values, 0, 4 * kKeys * e);
+        Keys<T> k(chunk, call.key, key, count, call.key_size, true);
+        Keys<T> v(chunk, call.value, key, count, call.value_size, false);
+        k.columns(keys_t);
+        k.rows(keys);
+        v.columns(values_t);
+        std::memset(d_keys, 0, 4 * count * d);
+        std::memset(d_values, 0, 4 * count * e);
         is_packed = true;
       }
       const float* q = queries + block.first * d;

@@ -102,11 +102,12 @@ struct Line {
 struct Chunk {
   const Call& call;
   int64_t row, group;
-  std::vector<Line> lines;
+  std::vector<Line>& lines;  // memory that a thread keeps
 
   Chunk(const Call& call, int64_t row, int64_t group, int64_t start,
         int64_t count)
-      : call(call), row(row), group(group), lines(count) {
+      : call(call), row(row), group(group), lines(memory()) {
+    lines.resize(count);
     int64_t head = group * call.shared() + start / call.queries;
     int64_t query = start % call.queries;
     for (Line& line : lines) {
@@ -120,6 +121,10 @@ struct Chunk {
               static_cast<int32_t>(query), low, high};
       if (++query == call.queries) query = 0, ++head;
     }
+  }
+  static std::vector<Line>& memory() {
+    thread_local std::vector<Line> lines;
+    return lines;
   }
 };
 
