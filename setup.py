@@ -13,7 +13,7 @@ kernels = (
   [
     Extension(
       'attention.ops.cpu_kernels.kernels',
-      [str(folder / 'kernels.cc')],
+      [str(path) for path in sorted(folder.glob('*.cc'))],
       depends=[str(path) for path in folder.glob('*.h')],
       include_dirs=[f'{jaxlib.submodule_search_locations[0]}/include'],
       extra_compile_args=[

@@ -5,10 +5,13 @@ A compiler builds them when the package is installed; see setup.py. Without one,
 
 | file | holds |
 |---|---|
-| `call.h` | the arguments, which all instruction sets share |
+| `attention.cc`, `product.cc` | the functions that XLA calls |
+| `threads.h` | work shared by XLA's threads |
+| `kernels.cc` | the kernels, for each instruction set |
+| `call.h` | their arguments, which all instruction sets share |
 | `vectors.h` | vectors of one instruction set, and products of blocks |
 | `attention.h` | attention and its gradient, of some queries of a head |
-| `kernels.cc` | what XLA calls: the choice of instruction set, threads |
+| `product.h` | products of few rows with a large matrix |
 """
 
 import ctypes
@@ -18,7 +21,7 @@ import sysconfig
 
 import jax
 
-_TARGETS = 'attention_forward', 'attention_backward'
+_TARGETS = 'attention_forward', 'attention_backward', 'attention_product'
 
 
 @functools.cache

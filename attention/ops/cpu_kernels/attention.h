@@ -456,8 +456,3 @@ void backward(const Chunk& chunk, const Gradients& gradients) {
       y[c] = from_float<T>(call.scale * d_queries[n * d + c]);
   }
 }
-
-template <typename T>
-Kernels kernels(const char* instruction_set) {
-  return {instruction_set, forward<T>, backward<T>};
-}

@@ -141,12 +141,34 @@ struct Gradients {
   Strided<float> d_bias;  // of this share
 };
 
-// The kernels for one instruction set and dtype.
-struct Kernels {
-  const char* instruction_set;
-  void (*forward)(const Chunk&, void* output, float* tops, float* log_totals);
-  void (*backward)(const Chunk&, const Gradients&);
+// x [rows, depth] times weights [depth, columns], or [columns, depth] if they
+// are transposed.
+struct Product {
+  int64_t rows, depth, columns;
+  bool is_transposed;
+  const void* weights;
+  const float* x = nullptr;
+  float* output = nullptr;
 };
+
+// The kernels for one instruction set.
+struct Kernels {
+  struct Attention {
+    void (*forward)(const Chunk&, void* output, float* tops, float* log_totals);
+    void (*backward)(const Chunk&, const Gradients&);
+  };
+  using Columns = void(const Product&, int64_t first, int64_t count);
+
+  const char* instruction_set;
+  Attention float32, bfloat16;
+  Columns *product_float32, *product_bfloat16;
+
+  const Attention& of(bool is_float32) const {
+    return is_float32 ? float32 : bfloat16;
+  }
+};
+
+const Kernels& kernels();  // of the best instruction set that this machine has
 
 constexpr int64_t kQueries = 64;  // in a block
 constexpr int64_t kKeys = 64;

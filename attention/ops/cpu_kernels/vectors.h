@@ -20,6 +20,13 @@ INLINE Vector load(const float* x) {
   return y;
 }
 
+INLINE Vector load(const uint16_t* x) {  // bfloat16
+  typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+  Halves y;
+  std::memcpy(&y, x, sizeof y);
+  return (Vector)(__builtin_convertvector(y, Unsigned) << 16);
+}
+
 INLINE void store(float* x, Vector y) { std::memcpy(x, &y, sizeof y); }
 
 INLINE Vector broadcast(float x) { return x - Vector{}; }
@@ -72,9 +79,9 @@ INLINE Vector tanh(Vector x) {
 }
 
 // A block of c = a b or c += a b: `rows` × `vectors` · kLanes.
-template <int rows, int vectors, bool adds>
+template <int rows, int vectors, bool adds, int ahead, typename B>
 INLINE void multiply_block(float* c, int64_t c_row, const float* a,
-                           int64_t a_row, int64_t a_column, const float* b,
+                           int64_t a_row, int64_t a_column, const B* b,
                            int64_t b_row, int64_t depth) {
   Vector sums[rows][vectors];
   for (int i = 0; i < rows; ++i)
@@ -82,7 +89,10 @@ INLINE void multiply_block(float* c, int64_t c_row, const float* a,
       sums[i][j] = adds ? load(c + i * c_row + j * kLanes) : Vector{};
   for (int64_t k = 0; k < depth; ++k) {
     Vector right[vectors];
-    for (int j = 0; j < vectors; ++j) right[j] = load(b + k * b_row + j * kLanes);
+    for (int j = 0; j < vectors; ++j) {
+      right[j] = load(b + k * b_row + j * kLanes);
+      if (ahead) __builtin_prefetch(b + (k + ahead) * b_row + j * kLanes);
+    }
     for (int i = 0; i < rows; ++i) {
       Vector left = broadcast(a[i * a_row + k * a_column]);
       for (int j = 0; j < vectors; ++j) sums[i][j] += left * right[j];
@@ -93,15 +103,15 @@ INLINE void multiply_block(float* c, int64_t c_row, const float* a,
 }
 
 // All rows, for columns that fill `vectors` vectors.
-template <int vectors, bool adds>
+template <int vectors, bool adds, int ahead, typename B>
 void multiply_columns(float* c, int64_t c_row, const float* a, int64_t a_row,
-                      int64_t a_column, const float* b, int64_t b_row,
+                      int64_t a_column, const B* b, int64_t b_row,
                       int64_t rows, int64_t depth) {
   constexpr int block = kAccumulators / vectors < 12 ? kAccumulators / vectors : 12;
   int64_t i = 0;
 #define ATTENTION_ROWS(count)                                              \
   for (; i + (count) <= rows; i += (count))                                \
-    multiply_block<(count), vectors, adds>(c + i * c_row, c_row, a + i * a_row,  \
+    multiply_block<(count), vectors, adds, ahead>(c + i * c_row, c_row, a + i * a_row,  \
                                      a_row, a_column, b, b_row, depth);
   ATTENTION_ROWS(block)
   if constexpr (block > 4) { ATTENTION_ROWS(4) }
@@ -113,17 +123,18 @@ void multiply_columns(float* c, int64_t c_row, const float* a, int64_t a_row,
 // c = a b or, if it `adds`, c += a b; `columns` is a multiple of kLanes.
 //
 // `a` is [rows, depth] with any strides, so that it may be transposed.
-template <bool adds>
+// `ahead` rows of `b` are asked for in advance.
+template <bool adds, int ahead = 0, typename B>
 void multiply(float* c, int64_t c_row, const float* a, int64_t a_row,
-                     int64_t a_column, const float* b, int64_t b_row,
-                     int64_t rows, int64_t columns, int64_t depth) {
+              int64_t a_column, const B* b, int64_t b_row, int64_t rows,
+              int64_t columns, int64_t depth) {
   int64_t vectors = columns / kLanes;
   while (vectors > 0) {
     int count = vectors < kMaxVectors ? vectors : kMaxVectors;
     switch (count) {
 #define ATTENTION_COLUMNS(count)                                              \
   case count:                                                                 \
-    multiply_columns<count, adds>(c, c_row, a, a_row, a_column, b, b_row, rows, depth); \
+    multiply_columns<count, adds, ahead>(c, c_row, a, a_row, a_column, b, b_row, rows, depth); \
     break;
       ATTENTION_COLUMNS(1)
       ATTENTION_COLUMNS(2)
