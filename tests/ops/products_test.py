@@ -1,5 +1,9 @@
 """Products of layers: near float32, with bfloat16 operands, gradients too."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -140,17 +144,61 @@ def test_low_dtypes_and_a_given_precision_are_left_alone(arrays):
     assert _dots(plain.jaxpr) == [('float32',) * 3]
 
 
-def test_transposed_operands_and_results_compute(arrays, assert_close):
-  # XLA for CPUs would move the transpositions into products that it refuses.
-  x, w = arrays((32, 16), (8, 32))
-
-  def loss(x, w):
-    return jnp.sin(0.1 * products.dot(x.T, w.T).T).sum()
-
-  exact = jax.grad(loss, (0, 1))(x, w)
+@pytest.mark.parametrize('platform', ['cpu', 'cuda', 'tpu'])
+def test_accelerators_get_plain_products(platform, arrays):
+  x, w = arrays((5, 7), (7, 3))
   with products.operands_in(jnp.bfloat16):
-    found = jax.jit(jax.grad(lambda *a: loss(*a), (0, 1)))(x, w)
-  jax.tree.map(lambda a, b: assert_close(a, b, 'bfloat16'), found, exact)
+    traced = jax.jit(jax.grad(_loss(), (0, 1))).trace(x, w)
+  text = traced.lower(lowering_platforms=(platform,)).as_text()
+  dots = [line for line in text.splitlines() if 'dot_general' in line]
+  assert len(dots) == 3
+  for line in dots:
+    operands, result = line.split(' : ')[1].split(' -> ')
+    assert operands.count('bf16') == 2 and 'f32' in result
+  is_cpu = platform == 'cpu'
+  assert ('optimization_barrier' in text) == is_cpu
+  assert ('transpose' in text) == is_cpu
+
+
+_OPTIMISED = """
+import pathlib, re
+import jax
+import jax.numpy as jnp
+import numpy as np
+from attention.ops import products
+
+def loss(x, w):
+  return jnp.sin(0.1 * products.dot(x.T, w.T).T).sum()
+
+rng = np.random.default_rng(0)
+x, w = (rng.normal(size=s).astype('f') for s in ((32, 16), (8, 32)))
+exact = jax.grad(loss, (0, 1))(x, w)
+with products.operands_in(jnp.bfloat16):
+  program = jax.jit(jax.grad(lambda *a: loss(*a), (0, 1))).lower(x, w).compile()
+for got, expected in zip(program(x, w), exact):
+  np.testing.assert_allclose(got, expected, atol=0.02 * abs(expected).max())
+info = pathlib.Path('/proc/cpuinfo')
+if info.exists() and 'avx512_bf16' in info.read_text():
+  found = 0
+  for computation in program.as_text().split('\\n\\n'):
+    for operands in re.findall(r' dot\\((.*?)\\)', computation):
+      for name in operands.split(', '):
+        assert f'{name} = bf16[' in computation, computation
+        found += 1
+  assert found == 6
+"""
+
+
+def test_transposed_operands_and_results_compute_with_all_optimisations():
+  # XLA for CPUs would move the transpositions into the products, and refuse
+  # them when they run. Tests compile without most optimisations.
+  kept = ('JAX_', 'XLA_')
+  env = {k: v for k, v in os.environ.items() if not k.startswith(kept)}
+  env['JAX_PLATFORMS'] = os.environ.get('JAX_PLATFORMS', '')
+  done = subprocess.run(
+    [sys.executable, '-c', _OPTIMISED], env=env, capture_output=True, text=True
+  )
+  assert not done.returncode, done.stderr
 
 
 def test_loops_remat_and_vmap_keep_the_operands(arrays, assert_close):
