@@ -98,8 +98,8 @@ def test_a_run_with_products_in_bfloat16_learns_and_resumes_to_the_same_bytes(
     'int32',
   }
   shutil.copytree(whole, again)
-  for step in '20', '30':
-    shutil.rmtree(again / 'checkpoints' / step)
+  for number in '20', '30':
+    shutil.rmtree(again / 'checkpoints' / number)
   capsys.readouterr()
   loop.train(config(**changes), again)
   assert 'resumed from step 10' in capsys.readouterr().out

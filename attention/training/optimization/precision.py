@@ -26,8 +26,8 @@ def parse(text: str) -> Precision:
   """Parse a policy such as 'params=float32,compute=bfloat16'.
 
   Args:
-    text: in the syntax of `jmp.get_policy`, with one more key: products=bfloat16
-      rounds only the operands of the products of layers, see
+    text: in the syntax of `jmp.get_policy`, with one more key:
+      products=bfloat16 rounds only the operands of the products of layers, see
       `attention.ops.products`. '' means float32 throughout.
 
   Raises:
@@ -53,8 +53,8 @@ def parse(text: str) -> Precision:
     )
   if dtype and policy is not None and policy.compute_dtype != jnp.float32:
     raise ValueError(
-      'training.precision: expected either compute or products, because compute '
-      f'is the dtype of the products as well, got {text!r}'
+      'training.precision: expected either compute or products, because '
+      f'compute is the dtype of the products as well, got {text!r}'
     )
   return Precision(policy, dtype)
 
