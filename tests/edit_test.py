@@ -11,6 +11,7 @@ import pytest
 import attention
 from attention import Edit, analysis, models
 from attention.modules.evoformer import EvoformerStack
+from attention.ops import products
 
 B, T, M, H = 2, 7, 12, 3
 KINDS = (
@@ -720,3 +721,22 @@ def test_haikus_loops_over_modules_are_captured(arrays):
   for pattern in values['pattern'].values():
     np.testing.assert_allclose(pattern.sum(-1), 1, atol=1e-5)
   assert np.isfinite(values['output']['lstm/linear']).all()
+
+
+def test_values_and_edits_with_products_in_bfloat16_are_near(gpt, captured):
+  params, tokens, _ = gpt
+  path = _path('head_output', 1)
+  edits = {path: Edit('head_output', lambda x: 0.5 * x)}
+  expected = _edited(gpt, edits)
+
+  @jax.jit
+  def run(params, tokens):
+    _, values = attention.capture(_gpt, params, tokens, what=KINDS)
+    return values, attention.edit(_gpt, params, edits, tokens)
+
+  with products.operands_in(jnp.bfloat16):
+    values, logits = run(params, tokens)
+  for kind in KINDS:
+    _close(values[kind], captured[0][kind], 0.05)
+  assert (logits != expected).any()
+  _close(logits, expected, 0.05)

@@ -15,6 +15,7 @@ from attention.models.transformer import Transformer
 from attention.modules.layers import Embed, Linear
 from attention.modules.lora import adapted
 from attention.modules.stack import run_blocks
+from attention.ops import products
 from attention.ops.cache import Cache
 from attention.ops.masks import Mask
 
@@ -125,7 +126,7 @@ class GPT(Transformer):
       x = x[:, -num_logits:]
     x = self.final_norm(x)
     if self.with_tied_output:
-      logits = x @ token_table.embeddings.T
+      logits = products.dot(x, token_table.embeddings.T)
     else:
       logits = Linear(
         self.vocab_size, with_bias=False, w_init=init, name='output'

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from attention.models.transformer import Transformer
 from attention.modules.fields import check_choice
 from attention.modules.layers import Embed, Linear
+from attention.ops import products
 from attention.ops.cache import Cache, CrossCache
 from attention.ops.masks import Mask
 
@@ -132,7 +133,7 @@ class Translator(Transformer):
   @hk.transparent
   def _logits(self, x, table):
     if self.with_tied_output:
-      logits = x @ table.embeddings.T
+      logits = products.dot(x, table.embeddings.T)
     else:
       logits = Linear(self.vocab_size, with_bias=False, name='output')(x)
     return logits.astype(jnp.float32)

@@ -6,6 +6,7 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 
+from attention.ops import products
 from attention.ops.attention_weights import attention_weights
 from attention.ops.dot_product import dot_product_attention
 from attention.ops.masks import Mask
@@ -85,7 +86,7 @@ class GatedAttention(hk.Module):
   def project(self, weights: dict, values):
     """Sum the outputs of all heads: [*b, q, h, c] → [*b, q, o]."""
     flat = values.reshape(-1, *values.shape[-3:])
-    output = jnp.einsum('bqhc,hco->bqo', flat, weights['output_w'])
+    output = products.dot(flat, weights['output_w'], 2)
     output += weights['output_b']
     return output.reshape(*values.shape[:-2], -1)
 
@@ -165,9 +166,9 @@ class GlobalAttention(hk.Module):
       q_mask = jnp.ones((*q_data.shape[:-1], 1), bool)
     q_mask = _check_mask('q_mask', q_mask, q_data.ndim, '[*b, q, 1]')
     mean = _masked_mean(q_data, q_mask)
-    query = jnp.einsum('...a,ahc->...hc', mean, weights['query_w'])
-    key = jnp.einsum('...ka,ac->...kc', m_data, weights['key_w'])
-    value = jnp.einsum('...ka,ac->...kc', m_data, weights['value_w'])
+    query = products.dot(mean, weights['query_w'])
+    key = products.dot(m_data, weights['key_w'])
+    value = products.dot(m_data, weights['value_w'])
     values = self.attend(
       query[..., None, :, :],
       key[..., None, :],
@@ -188,7 +189,7 @@ class GlobalAttention(hk.Module):
 def _project(x, weights):
   """[*b, t, a] → [*b, t, h, c], with the leading axes flattened to one."""
   flat = x.reshape(-1, *x.shape[-2:])
-  heads = jnp.einsum('bta,ahc->bthc', flat, weights)
+  heads = products.dot(flat, weights)
   return heads.reshape(*x.shape[:-1], *heads.shape[2:])
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from attention.ops import meshes
+from attention.ops import meshes, products
 from attention.ops.dropout import Dropout, check_rate
 
 
@@ -71,7 +71,7 @@ def linear(x, weights, bias=None, *, precision=None):
   """
   is_cut = meshes.size(meshes.CONTEXT) > 1
   flat = x if is_cut else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-  outputs = jnp.dot(meshes.cut_batch(flat), weights, precision=precision)
+  outputs = products.dot(meshes.cut_batch(flat), weights, precision=precision)
   outputs = meshes.cut_batch(outputs)
   if bias is not None:
     outputs = add(outputs, bias)

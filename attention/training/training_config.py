@@ -38,7 +38,8 @@ class TrainingConfig:
   cpu_devices: int = 2  # virtual devices that share a batch on CPU
   mesh: dict = dataclasses.field(default_factory=_mesh)
   max_bad_steps: int = 5  # consecutive non-finite steps that end the run
-  precision: str = ''  # 'params=float32,compute=bfloat16,output=float32'
+  # 'params=float32,compute=bfloat16,output=float32', or 'products=bfloat16'
+  precision: str = ''
   deterministic: bool = False  # same bits in every run on GPU; slower
   tensorboard: bool = True  # write tb/ if tensorboardX is installed
   num_microbatches: int = 1  # parts of a batch; gradients are accumulated

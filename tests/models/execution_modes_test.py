@@ -122,3 +122,27 @@ def test_a_policy_computes_in_its_dtype(way, assert_close):
     assert 'bf16[10,30]' in program  # the fused projection's weights
     assert_close(jax.jit(_loss(model))(params), expected, 'bfloat16')
   assert 'bf16' not in str(jax.make_jaxpr(_loss(model))(params))
+
+
+@pytest.mark.parametrize('way', ['plain', 'both', 'lora'])
+def test_products_alone_in_bfloat16_stay_near_float32(way, assert_close):
+  lora = {'lora': {'rank': 3}} if way == 'lora' else {}
+  model = _model(**_WAYS.get(way, lora))
+  params = _params(model)
+  expected = jax.jit(jax.value_and_grad(_loss(model)))(params)
+  with precision.applied('products=bfloat16'):
+    jax.tree.map(np.testing.assert_array_equal, _params(model), params)
+    program = jax.jit(jax.value_and_grad(_loss(model)))
+    text = str(jax.make_jaxpr(_loss(model))(params))
+    loss, gradients = program(params)
+  assert 'bf16[10,30]' in text  # the fused projection's weights
+  assert 'bf16[10,13]' in text  # the output's
+  assert ('bf16[10,3]' in text) == (way == 'lora')
+  assert 'bf16[3,7,10]' not in text  # activations
+  assert loss != expected[0]
+  jax.tree.map(
+    lambda a, b: assert_close(a, b, 'bfloat16', 5),
+    (loss, gradients),
+    expected,
+  )
+  assert 'bf16' not in str(jax.make_jaxpr(_loss(model))(params))

@@ -214,6 +214,28 @@ def test_bfloat16_compute_gives_float32_logits_near_those_of_float32():
     np.testing.assert_allclose(x, expected[kind], atol=0.05)
 
 
+def test_products_alone_in_bfloat16_stay_near_float32():
+  model, sample = _model(), _sample()
+  params = jax.tree.map(lambda x: 0.3 * x, _params(model, sample))
+
+  def loss(params):
+    kinds = model.apply(params, None, sample)
+    return sum(jnp.square(x).mean() for x in kinds.values())
+
+  expected = jax.jit(jax.value_and_grad(loss))(params)
+  with precision.applied('products=bfloat16'):
+    grad = jax.value_and_grad(lambda p: loss(p))
+    text = str(jax.make_jaxpr(grad)(params))
+    got = jax.jit(grad)(params)
+  assert 'bf16[6,6]' in text  # the heads of a projection, flattened
+  assert got[0] != expected[0]
+  for (path, x), y in zip(
+    jax.tree.leaves_with_path(got), jax.tree.leaves(expected), strict=True
+  ):
+    assert x.dtype == jnp.float32
+    np.testing.assert_allclose(x, y, atol=0.05, err_msg=str(path))
+
+
 def test_mistakes_in_fields_are_refused():
   sample = _sample()
   for model, message in (

@@ -60,6 +60,14 @@ _MISTAKES = {
     ['--config.training.precision=params=float33'],
     'training.precision: expected a policy such as',
   ),
+  'unknown_products': (
+    ['--config.training.precision=products=float16'],
+    "(products: expected bfloat16, got 'float16')",
+  ),
+  'products_and_compute': (
+    ['--config.training.precision=compute=bfloat16,products=bfloat16'],
+    'training.precision: expected either compute or products, because',
+  ),
   'no_axis': (
     ['--config.training.mesh.fdsp=2'],
     'training.mesh.fdsp: no such key; did you mean '

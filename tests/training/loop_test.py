@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from attention import __main__ as cli
+from attention.commands import doctor
 from attention.interop import transformers
 from attention.training import loop, tasks, trained
 from attention.training.optimization import optimizers, step
@@ -79,6 +80,32 @@ def test_a_run_learns_and_writes_its_files(config, tmp_path, capsys):
     f'checkpoints/30 and {workdir}/plots; to use the model: python -m '
     f'attention sample --workdir={workdir}\n'
   )
+
+
+def test_a_run_with_products_in_bfloat16_learns_and_resumes_to_the_same_bytes(
+  config, tmp_path, capsys
+):
+  changes = {
+    'training.precision': 'products=bfloat16',
+    'optimizer.learning_rate': 1e-2,
+  }
+  whole, again = tmp_path / 'whole', tmp_path / 'again'
+  loop.train(config(**changes), whole)
+  losses = [x['eval/loss'] for x in _figures(whole) if 'eval/loss' in x]
+  assert losses[1] < losses[0] < np.log(29)
+  assert {leaf.dtype.name for leaf in _state(whole)[1].values()} <= {
+    'float32',
+    'int32',
+  }
+  shutil.copytree(whole, again)
+  for number in '20', '30':
+    shutil.rmtree(again / 'checkpoints' / number)
+  capsys.readouterr()
+  loop.train(config(**changes), again)
+  assert 'resumed from step 10' in capsys.readouterr().out
+  _assert_same_run(whole, again)
+  with pytest.raises(ValueError, match='training.precision'):
+    loop.train(config(**(changes | {'training.precision': ''})), again)
 
 
 def test_restarting_a_finished_run_changes_nothing(
@@ -298,3 +325,28 @@ def test_doctor_prints_versions_devices_and_implementations(capsys):
   assert jax.__version__ in output
   assert 'cpu' in output
   assert output.count('chosen') == 2
+  assert 'bfloat16 products ' in output
+
+
+@pytest.mark.parametrize(
+  ('text', 'expected'),
+  [
+    (
+      'flags\t\t: fpu avx512_bf16 amx_bf16 amx_tile\n',
+      'yes (amx_bf16, avx512_bf16): '
+      '--config.training.precision=products=bfloat16',
+    ),
+    ('model name\t: x\nflags\t\t: fpu avx512f\n', 'no: '),
+    ('Features\t: fp asimd bf16\n', 'unknown '),
+    (None, 'unknown '),
+  ],
+)
+def test_doctor_names_instructions_for_bfloat16_products(
+  text, expected, tmp_path, monkeypatch, capsys
+):
+  path = tmp_path / 'cpuinfo'
+  if text:
+    path.write_text(text)
+  monkeypatch.setattr(doctor, '_CPU_INFO', path)
+  assert cli.main(['doctor']) == 0
+  assert f'bfloat16 products {expected}' in capsys.readouterr().out

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from attention.ops import products
 from attention.training.optimization import gradients, nonfinite, precision
 from attention.training.optimization.step import Step
 from attention.training.parallelism import sharding
@@ -188,8 +189,44 @@ def test_the_loss_scale_decreases_until_gradients_fit_float16(assert_close):
 
 
 @pytest.mark.parametrize(
-  'text', ['float33', 'params=float32,compute=int7', '=']
+  'text',
+  [
+    'float33',
+    'params=float32,compute=int7',
+    '=',
+    'products=float16',
+    'products',
+    'params=float32,products=',
+  ],
 )
 def test_invalid_precisions_raise(text):
   with pytest.raises(ValueError, match='training.precision: expected a policy'):
     precision.parse(text)
+
+
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
+@pytest.mark.parametrize(
+  'text', ['products=bfloat16,{}', '{},products=bfloat16']
+)
+def test_products_and_a_compute_dtype_together_raise(text, dtype):
+  with pytest.raises(ValueError, match='either compute or products'):
+    precision.parse(text.format(f'params=float32,compute={dtype}'))
+
+
+@pytest.mark.parametrize(
+  ('text', 'has_policy'),
+  [
+    ('products=bfloat16', False),
+    ('params=float32,products=bfloat16', True),
+    ('products=bf16,compute=float32', True),
+  ],
+)
+def test_products_round_in_the_context_only(text, has_policy, arrays):
+  assert (precision.parse(text).policy is not None) == has_policy
+  x, w = arrays((2, 3), (3, 5))
+  exact = products.dot(x, w)
+  with precision.applied(text):
+    assert (products.dot(x, w) != exact).any()
+    with precision.applied(''):
+      np.testing.assert_array_equal(products.dot(x, w), exact)
+  np.testing.assert_array_equal(products.dot(x, w), exact)

@@ -27,13 +27,14 @@ import numpy as np
 jax.config.update('jax_num_cpu_devices', 8)
 from attention.modules import lora
 from attention.training import command_line, tasks
-from attention.training.optimization import optimizers
+from attention.training.optimization import optimizers, precision
 from attention.training.parallelism import sharding
 from attention.training.workdir.checkpoints import Checkpoints
 from attention.training.training_config import TrainingConfig
 from attention.training.optimization.step import Step
 
-workdir, steps, meshes, rank, name = json.loads(sys.argv[1])
+workdir, steps, meshes, rank, name, policy = json.loads(sys.argv[1])
+precision.applied(policy).__enter__()
 config = command_line.load_config(f'configs/{name}.py:debug')
 if name == 'gpt_char':
   config.data.update(path=f'{workdir}/text.txt', batch_size=16)
@@ -80,8 +81,17 @@ print(json.dumps(results))
 """
 
 
-def _train(python, text, steps, meshes, rank=0, name='gpt_char', rtol=2e-6):
-  words = json.dumps([str(text.parent), steps, meshes, rank, name])
+def _train(
+  python,
+  text,
+  steps,
+  meshes,
+  rank=0,
+  name='gpt_char',
+  rtol=2e-6,
+  precision='',
+):
+  words = json.dumps([str(text.parent), steps, meshes, rank, name, precision])
   output, error = python('-c', _TRAIN, words).communicate(timeout=900)
   assert output, error
   results = json.loads(output)
@@ -104,6 +114,27 @@ def test_a_mixed_mesh_matches_one_device_and_restores_its_checkpoint(
   results = _train(python, text, 6, meshes)
   assert results['one']['held'] == 1
   assert results[mixed]['held'] < 0.45
+
+
+def test_products_in_bfloat16_on_meshes_match_one_device(
+  python, tmp_path, text
+):
+  shutil.copy(text, tmp_path)
+  names = (
+    'one',
+    'data 8',
+    'data 2 × fsdp 2 × tensor 2',
+    'data 2 × tensor 2 × context 2',
+  )
+  _train(
+    python,
+    tmp_path / text.name,
+    4,
+    {name: _MESHES[name] for name in names},
+    # Another order of sums changes the rounding of the next operands.
+    rtol=1e-3,
+    precision='products=bfloat16',
+  )
 
 
 def test_low_rank_updates_on_a_mixed_mesh_match_one_device(
