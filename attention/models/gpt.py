@@ -126,7 +126,7 @@ class GPT(Transformer):
       x = x[:, -num_logits:]
     x = self.final_norm(x)
     if self.with_tied_output:
-      logits = products.dot(x, token_table.embeddings.T)
+      logits = products.dot(x, token_table.embeddings, is_transposed=True)
     else:
       logits = Linear(
         self.vocab_size, with_bias=False, w_init=init, name='output'

@@ -133,7 +133,7 @@ class Translator(Transformer):
   @hk.transparent
   def _logits(self, x, table):
     if self.with_tied_output:
-      logits = products.dot(x, table.embeddings.T)
+      logits = products.dot(x, table.embeddings, is_transposed=True)
     else:
       logits = Linear(self.vocab_size, with_bias=False, name='output')(x)
     return logits.astype(jnp.float32)

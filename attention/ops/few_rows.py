@@ -10,6 +10,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from attention.ops import cpu_kernels
 from attention.ops.platforms import PLATFORMS, by_platform
@@ -45,19 +46,27 @@ def product(is_transposed: bool, x, weights):
   """
   shape = len(x), weights.shape[0 if is_transposed else 1]
   choices = (
-    ('cpu', _Kernel(is_transposed)),
+    ('cpu', Kernel(is_transposed)),
     *((p, _Plain(is_transposed)) for p in PLATFORMS if p != 'cpu'),
   )
   expected = jax.ShapeDtypeStruct(shape, x.dtype)
   return by_platform(choices, 'multiply', expected, x, weights)
 
 
-@product.defjvp
 def _product_jvp(is_transposed, primals, tangents):
   (x, weights), (dx, d_weights) = primals, tangents
   multiply = _Plain(is_transposed).multiply
-  tangent = multiply(dx, weights) + multiply(x, d_weights)
-  return product(is_transposed, x, weights), tangent
+  y = product(is_transposed, x, weights)
+  terms = [
+    multiply(*factors)
+    for factors in ((dx, weights), (x, d_weights))
+    if not any(isinstance(f, SymbolicZero) for f in factors)
+  ]
+  return y, sum(terms)
+
+
+# XLA returns NaN for some fused products with zeros (JAX 0.10.2).
+product.defjvp(_product_jvp, symbolic_zeros=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +81,7 @@ class _Plain:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Kernel(_Plain):
+class Kernel(_Plain):
   """The kernel, or XLA's product where XLA divides the program over devices."""
 
   @property

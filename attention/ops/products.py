@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from attention.ops import meshes
+from attention.ops import few_rows, meshes
 
 _local = threading.local()
 
@@ -45,38 +45,52 @@ def _dtype():
   return getattr(_local, 'dtype', None)
 
 
-def dot(x, weights, axes: int = 1, *, precision=None):
+def dot(
+  x, weights, axes: int = 1, *, is_transposed: bool = False, precision=None
+):
   """The product of x with weights, in their dtype.
 
   In a context `operands_in`, float32 operands are rounded to the context's
   dtype, unless `precision` is given. The product then has no forward-mode
-  derivative.
+  derivative. Few rows take the kernel of `few_rows` on CPUs.
 
   Args:
     x: [*b, *c], activations.
     weights: [*c, *o].
     axes: the number of axes c, over which the product sums.
+    is_transposed: whether the weights are [o, c], one axis each.
     precision: as in `jnp.dot`.
 
   Returns:
     [*b, *o].
   """
   dtype = _dtype()
-  is_float32 = x.dtype == weights.dtype == jnp.float32
-  if dtype is None or not is_float32 or precision is not None:
+  if not x.dtype == weights.dtype == jnp.float32 or precision is not None:
+    dtype = None
+  first, last = x.shape[: x.ndim - axes], weights.shape[axes:]
+  count = math.prod(x.shape[x.ndim - axes :])
+  if is_transposed:
+    last = weights.shape[:1]
+  if dtype is None and precision is None:
+    flat = jax.ShapeDtypeStruct((math.prod(first), count), x.dtype)
+    if few_rows.is_supported(flat, weights):
+      flat = x.reshape(flat.shape)
+      if not is_transposed:
+        weights = weights.reshape(count, -1)
+      products = few_rows.product(is_transposed, flat, weights)
+      return products.reshape(*first, *last)
+  if is_transposed:
+    weights = weights.T
+  if dtype is None:
     # In the order of `jnp.einsum`, which sums the last of them first.
     summed = tuple(range(x.ndim - axes, x.ndim)), tuple(range(axes))
     summed = tuple(i[::-1] for i in summed)
     return jnp.tensordot(x, weights, summed, precision=precision)
-  first, last = x.shape[: x.ndim - axes], weights.shape[axes:]
-  count = math.prod(weights.shape[:axes])
   # XLA cannot cut a flattened axis by positions.
   is_cut = meshes.size(meshes.CONTEXT) > 1
   rows = first if is_cut else (math.prod(first),)
   products = _rounded(
-    _Rounded(dtype),
-    x.reshape(*rows, count),
-    weights.reshape(count, math.prod(last)),
+    _Rounded(dtype), x.reshape(*rows, count), weights.reshape(count, -1)
   )
   return products.reshape(*first, *last)
 

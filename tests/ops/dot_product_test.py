@@ -230,9 +230,9 @@ class TestCpuKernels(Contract):
   def kernels_here(self, monkeypatch, request):
     if reason := cpu_kernels.reason():
       pytest.skip(reason)
-    if getattr(request.node, 'callspec', None):
-      if request.node.callspec.params.get('dtype') == jnp.float16:
-        pytest.skip('no float16')
+    case = getattr(request.node, 'callspec', None)
+    if case and case.params.get('dtype') == jnp.float16:
+      pytest.skip('no float16')
     platforms = dispatch._IMPLEMENTATIONS['fused']
     monkeypatch.setitem(platforms, default_platform(), Cpu())
 

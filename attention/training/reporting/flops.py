@@ -4,7 +4,7 @@ import math
 
 import jax
 
-from attention.ops import mapping, platforms
+from attention.ops import few_rows, mapping, platforms
 from attention.training.optimization import gradients
 
 # Peak FLOP/s of dense bfloat16 matrix products, from the vendors' data sheets.
@@ -60,10 +60,13 @@ def _count(jaxpr):
 
 
 def _of_choice(chosen, method, arguments, times):
-  """FLOPs of attention or of a loop over rows, forward or backward."""
+  """FLOPs of attention, of a loop over rows or of a product, each direction."""
   if isinstance(chosen, mapping.Loop):
     block = _count(chosen.trace(*arguments[:2]))
     forward = block * chosen.count // chosen.size
+  elif isinstance(chosen, few_rows.Kernel):
+    x, weights = arguments
+    return times * 2 * len(x) * weights.size
   else:
     # Query × key and weights × value, ignoring any mask.
     query, key, value, *_ = (x.shape for x in jax.tree.leaves(arguments))

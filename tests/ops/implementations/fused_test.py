@@ -1,4 +1,4 @@
-"""Compare the `fused` kernels to the reference; interpreted, if not for CPUs."""
+"""Compare the `fused` kernels to the reference; interpreted where need be."""
 
 import dataclasses
 
