@@ -1,21 +1,38 @@
 // Products of few rows with a large matrix, which take as long as reading it.
 //
-// kernels.cc includes this file once for each instruction set, after vectors.h.
+// kernels.cc includes this file once for each instruction set, after attention.h.
 
 constexpr int64_t kFar = 8;  // rows of the matrix that are asked for in advance
+constexpr int64_t kPanel = 64;  // rows of the matrix that are kept in the cache
 
-// Columns of y = x w: x [rows, depth] and y [rows, columns] are float32, and
-// `columns` is what remains from the first of these columns on, up to a block.
+// Whole vectors of columns of y = x w, for more rows than one block holds: each
+// panel of w is read once and kept in the cache for all rows.
+template <typename W>
+void product_panels(const float* x, const W* w, int64_t w_row, float* y,
+                    int64_t y_row, int64_t rows, int64_t depth,
+                    int64_t columns) {
+  Scratch scratch(kPanel * columns);
+  float* panel = scratch.take(kPanel, columns);
+  for (int64_t i = 0; i < rows; ++i)
+    std::memset(y + i * y_row, 0, sizeof(float) * columns);
+  for (int64_t first = 0; first < depth; first += kPanel) {
+    int64_t count = std::min(kPanel, depth - first);
+    pack(w + first * w_row, w_row, panel, columns, count, columns);
+    multiply<true>(y, y_row, x + first, depth, 1, panel, columns, rows, columns,
+                   count);
+  }
+}
+
+// Columns of y = x w, of which there are `columns`.
 template <typename W>
 void product_columns(const float* x, const W* w, int64_t w_row, float* y,
                      int64_t y_row, int64_t rows, int64_t depth,
                      int64_t columns) {
-  if (columns % kLanes == 0)
-    return multiply<false, kFar>(y, y_row, x, depth, 1, w, w_row, rows, columns,
-                                 depth);
   int64_t whole = columns / kLanes * kLanes;
-  if (whole)
+  if (whole && rows <= kAccumulators / kMaxVectors)
     multiply<false, kFar>(y, y_row, x, depth, 1, w, w_row, rows, whole, depth);
+  else if (whole)
+    product_panels(x, w, w_row, y, y_row, rows, depth, whole);
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t j = whole; j < columns; ++j) {
       float total = 0;

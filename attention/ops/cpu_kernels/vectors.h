@@ -78,28 +78,63 @@ INLINE Vector tanh(Vector x) {
   return 1.0f - 2.0f / (exp2(bounded * 2.8853901f) + 1.0f);
 }
 
+// A row of a block's right operand, and how a row of its result is stored.
+template <int vectors>
+INLINE void load_row(const float* x, Vector (&y)[vectors]) {
+  for (int j = 0; j < vectors; ++j) y[j] = load(x + j * kLanes);
+}
+
+template <int vectors>
+INLINE void store_row(float* y, const Vector (&x)[vectors], const float*) {
+  for (int j = 0; j < vectors; ++j) store(y + j * kLanes, x[j]);
+}
+
+// Pairs of bfloat16 vectors are taken apart into even and odd columns, which
+// needs no shuffles.
+template <int vectors>
+INLINE void load_row(const uint16_t* x, Vector (&y)[vectors]) {
+  int j = 0;
+  for (; j + 2 <= vectors; j += 2) {
+    Unsigned both;
+    std::memcpy(&both, x + j * kLanes, sizeof both);
+    y[j] = (Vector)(both << 16);
+    y[j + 1] = (Vector)(both & 0xffff0000u);
+  }
+  if (j < vectors) y[j] = load(x + j * kLanes);
+}
+
+template <int vectors>
+INLINE void store_row(float* y, const Vector (&x)[vectors], const uint16_t*) {
+  int j = 0;
+  for (; j + 2 <= vectors; j += 2)
+    for (int i = 0; i < kLanes; ++i) {
+      y[j * kLanes + 2 * i] = x[j][i];
+      y[j * kLanes + 2 * i + 1] = x[j + 1][i];
+    }
+  if (j < vectors) store(y + j * kLanes, x[j]);
+}
+
 // A block of c = a b or c += a b: `rows` × `vectors` · kLanes.
 template <int rows, int vectors, bool adds, int ahead, typename B>
 INLINE void multiply_block(float* c, int64_t c_row, const float* a,
                            int64_t a_row, int64_t a_column, const B* b,
                            int64_t b_row, int64_t depth) {
-  Vector sums[rows][vectors];
-  for (int i = 0; i < rows; ++i)
-    for (int j = 0; j < vectors; ++j)
-      sums[i][j] = adds ? load(c + i * c_row + j * kLanes) : Vector{};
+  static_assert(!adds || std::is_same_v<B, float>);
+  Vector sums[rows][vectors] = {};
+  if (adds)
+    for (int i = 0; i < rows; ++i) load_row(c + i * c_row, sums[i]);
   for (int64_t k = 0; k < depth; ++k) {
     Vector right[vectors];
-    for (int j = 0; j < vectors; ++j) {
-      right[j] = load(b + k * b_row + j * kLanes);
-      if (ahead) __builtin_prefetch(b + (k + ahead) * b_row + j * kLanes);
-    }
+    load_row(b + k * b_row, right);
+    if (ahead)
+      for (int64_t j = 0; j < vectors * kLanes; j += 64 / sizeof(B))
+        __builtin_prefetch(b + (k + ahead) * b_row + j);
     for (int i = 0; i < rows; ++i) {
       Vector left = broadcast(a[i * a_row + k * a_column]);
       for (int j = 0; j < vectors; ++j) sums[i][j] += left * right[j];
     }
   }
-  for (int i = 0; i < rows; ++i)
-    for (int j = 0; j < vectors; ++j) store(c + i * c_row + j * kLanes, sums[i][j]);
+  for (int i = 0; i < rows; ++i) store_row(c + i * c_row, sums[i], b);
 }
 
 // All rows, for columns that fill `vectors` vectors.
