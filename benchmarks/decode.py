@@ -1,7 +1,8 @@
 """Compare greedy decoding to transformers, on the CPU or a GPU.
 
   python benchmarks/decode.py [--size=gpt|llama|llama8b] [--rounds=7] \\
-    [--batch_sizes=1,16] [--dtypes=float32,bfloat16] [--recompute] [--no_peers]
+    [--batch_sizes=1,16] [--dtypes=float32,bfloat16] [--weights] \\
+    [--recompute] [--no_peers]
 
 The models generate tokens after a prompt of 64: a GPT of 10.7 M parameters (6
 layers, 6 heads, width 384, vocabulary of 65) 256 tokens, a Llama of 125 M
@@ -9,11 +10,10 @@ parameters (12 layers, 12 heads, 4 key heads, width 768, vocabulary of 32,000)
 64 tokens, and one of 8.0 B parameters (Llama 3's shape, which needs a GPU and
 --dtypes=bfloat16) 64 tokens. The peers are transformers' `generate` with its
 cache, on the same weights in float32 and bfloat16 (--no_peers omits them), and
-our own model without a cache (--recompute). On the CPU, where transformers has
-two threads, two virtual devices share our batches with the smallest model;
---devices=1 leaves them to one. The peers' tokens are compared with ours. All
-take turns in one process. The table shows medians over the rounds, and medians
-of the per-round ratios.
+our own model without a cache (--recompute), and with activations in float32 and
+the weights of layers in bfloat16 (--weights). The peers' tokens are compared
+with ours. All take turns in one process. The table shows medians over the
+rounds, and medians of the per-round ratios.
 """
 
 # ruff: noqa: E402
@@ -34,18 +34,17 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from rich.console import Console
 from rich.table import Table
 
 from attention import decoding, models
 from attention.interop import transformers as interop
 from attention.models.gpt import window_step
+from attention.modules import layers
 from attention.ops.cache import Cache
 
 PROMPT = 64
 NEW = {'gpt': 256, 'llama': 64, 'llama8b': 64}
-jax.config.update('jax_num_cpu_devices', 2)
 DEVICE = 'cuda' if jax.default_backend() == 'gpu' else 'cpu'
 LLAMA = dict(
   positions='rotary',
@@ -106,7 +105,7 @@ def our_model(fields, dtype):
   return model, init(jax.random.key(0))
 
 
-def ours(model, params, prompt, new, devices):
+def ours(model, params, prompt, new):
   """Compile greedy decoding with a cache; returns (program, inputs)."""
 
   @jax.jit
@@ -118,23 +117,7 @@ def ours(model, params, prompt, new, devices):
     cache = Cache.create(PROMPT + new - 1)
     return decoding.greedy(step, cache, prompt, new)
 
-  inputs = shared(params, prompt, devices)
-  return decode.lower(*inputs).compile(), inputs
-
-
-def shared(params, prompt, devices):
-  """Share the rows of the prompt among devices, if that is faster."""
-  count = len(devices)
-  # Each device reads all parameters.
-  is_small = sum(x.nbytes for x in jax.tree.leaves(params)) <= 2**27
-  if len(prompt) % count or not is_small:
-    return params, prompt
-  auto = (AxisType.Auto,)
-  mesh = jax.make_mesh((count,), ('data',), axis_types=auto, devices=devices)
-  return (
-    jax.device_put(params, NamedSharding(mesh, PartitionSpec())),
-    jax.device_put(prompt, NamedSharding(mesh, PartitionSpec('data'))),
-  )
+  return decode.lower(params, prompt).compile(), (params, prompt)
 
 
 def recomputing(model, params, prompt, new):
@@ -196,10 +179,12 @@ def main():
   )
   parser.add_argument('--size', choices=FIELDS, default='gpt')
   parser.add_argument('--rounds', type=int, default=7)
-  parser.add_argument('--devices', type=int, default=2)
   parser.add_argument('--batch_sizes', default='1,16')
   parser.add_argument(
     '--recompute', action='store_true', help='include decoding without a cache'
+  )
+  parser.add_argument(
+    '--weights', action='store_true', help='include weights in bfloat16'
   )
   parser.add_argument(
     '--no_peers', action='store_true', help='omit transformers'
@@ -222,13 +207,16 @@ def main():
     prompt = rng.integers(0, fields['vocab_size'], (batch_size, PROMPT))
     contestants = {}
     for dtype in dtypes:
-      devices = jax.devices()[: arguments.devices]
-      compiled, inputs = ours(model, weights[dtype], prompt, new, devices)
+      compiled, inputs = ours(model, weights[dtype], prompt, new)
       contestants[f'attention, {dtype}'] = functools.partial(compiled, *inputs)
       itemsize = jnp.dtype(dtype).itemsize
       console.print(
         dtype, describe_memory(compiled, fields, batch_size, itemsize)
       )
+    if arguments.weights:
+      small = layers.cast_weights(weights[dtypes[0]], jnp.bfloat16)
+      compiled, inputs = ours(model, small, prompt, new)
+      contestants['weights in bfloat16'] = functools.partial(compiled, *inputs)
     for dtype, network in networks.items():
       contestants[f'transformers, {dtype}'] = functools.partial(
         generate, network, prompt, new

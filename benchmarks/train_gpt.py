@@ -3,7 +3,8 @@
   python benchmarks/train_gpt.py [--rounds=15] [--config=configs/gpt_char.py]
 
 Both sides use the same sizes, the same batches, AdamW and clipping by global
-norm. The peers are transformers' GPT2LMHeadModel, and a plain nn.Module with
+norm. Ours is in float32, and with the products of layers in bfloat16. The
+peers, in float32, are transformers' GPT2LMHeadModel, and a plain nn.Module with
 scaled_dot_product_attention. All take turns in one process, several steps at a
 time. The table shows medians over the rounds, and medians of the per-round
 ratios.
@@ -28,34 +29,28 @@ from rich.table import Table
 from torch import nn
 
 from attention.training import command_line, tasks
-from attention.training.optimization import optimizers, step
-from attention.training.parallelism import sharding
+from attention.training.optimization import precision
+from attention.training.optimization.step import Step
+from attention.training.training_config import TrainingConfig
 
 
-def ours(config):
+def ours(task, config, policy=''):
   """Make our training step, as a function of the step number."""
-  task = tasks.create(config)
-  optimizer, schedule = optimizers.adamw(
-    steps=config.training.steps, **config.optimizer
+  settings = TrainingConfig.create(
+    config.training.to_dict() | {'precision': policy}
   )
-  mesh = sharding.make_mesh(task.batch_size)
-  everywhere = sharding.replicated(mesh)
-  train_step = jax.jit(
-    step.make(task, optimizer, schedule, config.seed, mesh),
-    donate_argnums=0,
-    out_shardings=everywhere,
-  )
-  state = jax.device_put(step.init(task, optimizer, config.seed), everywhere)
+  step = Step.create(config, settings, task)
+  state = step.init()
 
   def run(n):
     nonlocal state
-    batch = jax.device_put(task.batch(n), sharding.batched(mesh))
-    state, metrics = sharding.block_if_virtual(
-      mesh, train_step(state, batch, np.int32(n))
-    )
+    batch = step.place(task.batch(n))
+    with precision.applied(policy):
+      program = step.compile(batch).result()
+    state, metrics = step.run(program, state, batch, n)
     return metrics['train/loss']
 
-  return task, run
+  return run
 
 
 class Block(nn.Module):
@@ -163,11 +158,12 @@ def main():
   config.data.path = arguments.data
   jax.config.update('jax_num_cpu_devices', config.training.cpu_devices)
 
-  task, run = ours(config)
+  task = tasks.create(config)
   vocab = task.vocabulary.size
   plain = Plain(vocab, config.model)
   contestants = {
-    'attention': run,
+    'attention': ours(task, config),
+    'attention, products in bfloat16': ours(task, config, 'products=bfloat16'),
     'PyTorch, plain module': peer(task, config, plain, plain),
     'transformers, GPT2LMHeadModel': peer(
       task, config, *gpt2(vocab, config.model)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 import attention
+from attention.ops import cpu_kernels
 from attention.ops.platforms import PLATFORMS
 from attention.training.workdir import run_files
 
@@ -27,6 +28,7 @@ def run(_) -> int:
     print(f'{"device":<18}{device.id}: {device.device_kind}')
   if jax.default_backend() == 'cpu':
     print(f'{"bfloat16 products":<18}{bfloat16_products()}')
+    print(f'{"CPU kernels":<18}{kernels()}')
   for dtype in (jnp.float32, jnp.bfloat16):
     x = jax.ShapeDtypeStruct((8, 1024, 8, 64), dtype)
     reasons = attention.explain(x, x, x, is_causal=True)
@@ -39,6 +41,12 @@ def run(_) -> int:
     chosen = [name for name, reason in reasons if reason == 'chosen']
     print(f'  {platform:<16}{chosen[0]}')
   return 0
+
+
+def kernels() -> str:
+  """Say which instructions the C++ kernels use, or why there are none."""
+  reason = cpu_kernels.reason()
+  return f'no: {reason}' if reason else cpu_kernels.instruction_set()
 
 
 def bfloat16_products() -> str:

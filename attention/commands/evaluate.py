@@ -30,6 +30,7 @@ def add_flags(parser) -> None:
     '--target', help='file of their translations, line by line'
   )
   trained_models.add_beam_size(parser)
+  trained_models.add_weights(parser)
 
 
 def run(arguments) -> int:
@@ -50,6 +51,7 @@ def run(arguments) -> int:
     config = run_files.load_config(workdir)
     task = tasks.create(config, run_files.load_data(workdir))
     params = trained.params(arguments.workdir, task)
+    params = trained_models.with_weights(arguments, params)
     if config.task != 'translation':
       for name, value in task.evaluate(params, jax.device_put).items():
         print(f'{name} {value:.4f}')

@@ -10,14 +10,13 @@ from attention.data.files import read_lines
 from attention.training.parallelism import sharding
 
 _ROWS = 16  # prompts that are continued together
-_CPU_DEVICES = 2  # that share them if the parameters are small
-_SMALL = 2**27  # bytes; each device reads them all
 _STRATEGIES = ('temperature', 'top_k', 'top_p', 'min_p', 'repetition_penalty')
 
 
 def add_flags(parser) -> None:
   """Add the flags to an `argparse` parser."""
   trained_models.add_flags(parser)
+  trained_models.add_weights(parser)
   prompts = parser.add_mutually_exclusive_group()
   prompts.add_argument(
     '--prompt', help='text to continue (default: an empty line)'
@@ -82,8 +81,7 @@ def add_flags(parser) -> None:
 
 def run(arguments) -> int:
   """Run the command; returns the exit status."""
-  cpu_devices = 0 if arguments.prompts is None else _CPU_DEVICES
-  task, params = trained_models.open_task(arguments, 'language', cpu_devices)
+  task, params = trained_models.open_task(arguments, 'language')
   options = {name: getattr(arguments, name) for name in _STRATEGIES}
   options |= {'seed': arguments.seed, 'stop': tuple(arguments.stop)}
   draft = None
@@ -113,9 +111,7 @@ def run(arguments) -> int:
 def _share(task, params, draft, prompts):
   """Replicate parameters over the devices that share prompts."""
   devices = jax.devices()
-  size = sum(x.nbytes for x in jax.tree.leaves(params))
-  is_slower = devices[0].platform == 'cpu' and size > _SMALL
-  if is_slower or not task.has_cache or len(prompts) < 2:
+  if not task.has_cache or len(prompts) < 2:
     devices = devices[:1]
   over = sharding.replicated(sharding.make_mesh(_ROWS, devices=devices))
   if draft is not None:

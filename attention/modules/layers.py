@@ -78,6 +78,26 @@ def linear(x, weights, bias=None, *, precision=None):
   return outputs.reshape(*x.shape[:-1], weights.shape[-1])
 
 
+def cast_weights(params: dict, dtype) -> dict:
+  """Keep the weights of linear layers in another dtype.
+
+  Activations, norms and embeddings keep theirs: a product takes the dtype of
+  its activations. Decoding reads all weights for each token; see
+  `attention.ops.few_rows`.
+
+  Args:
+    params: the parameters of a model, by module and name.
+    dtype: of the weights `w` [a, o].
+  """
+  return {
+    module: {
+      name: x.astype(dtype) if name == 'w' and x.ndim == 2 else x
+      for name, x in own.items()
+    }
+    for module, own in params.items()
+  }
+
+
 def add(x: jax.Array, bias: jax.Array) -> jax.Array:
   """x + bias in the dtype of x, added in float32; bias broadcasts to x.
 

@@ -88,7 +88,7 @@ def test_scan_repeats_a_pattern_of_windows(assert_close):
 
 def test_remat_holds_less_and_scan_compiles_less():
   compiled = {}
-  fields = dict(num_layers=6, context_size=64, model_size=32)
+  fields = dict(num_layers=9, context_size=64, model_size=32)
   tokens = np.zeros((4, 64), int)
   for way in ('plain', 'scan', 'both'):
     model = _model(**fields, **_WAYS.get(way, {}))

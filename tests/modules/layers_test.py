@@ -8,7 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attention.modules.layers import Embed, Linear, add, dropout, linear
+from attention.modules.layers import (
+  Embed,
+  Linear,
+  add,
+  cast_weights,
+  dropout,
+  linear,
+)
 
 
 def _drop(x, rate=0.3, is_training=True, seed=0):
@@ -90,3 +97,22 @@ def test_gradients_of_what_many_share_add_up_in_float32(assert_close):
   program = str(jax.make_jaxpr(mixed)(params))
   assert not re.search(r':bf16\[.*\] = (reduce_sum|scatter-add)', program)
   assert 'scatter-add' in program
+
+
+def test_weights_in_bfloat16_leave_activations_in_float32(assert_close):
+  def model(ids):
+    x = Embed(5, 16, name='embed')(ids)
+    return Linear(7, name='layer')(x)
+
+  model = hk.without_apply_rng(hk.transform(model))
+  ids = jnp.arange(3)
+  params = model.init(jax.random.key(0), ids)
+  small = cast_weights(params, jnp.bfloat16)
+  dtypes = jax.tree.map(lambda x: x.dtype.name, small)
+  assert dtypes == {
+    'embed': {'embeddings': 'float32'},
+    'layer': {'w': 'bfloat16', 'b': 'float32'},
+  }
+  output = model.apply(small, ids)
+  assert output.dtype == jnp.float32
+  assert_close(output, model.apply(params, ids), 'bfloat16')

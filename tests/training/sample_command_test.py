@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from attention import __main__ as cli
 from attention.training import loop, trained
 
@@ -37,6 +39,21 @@ def test_a_text_ends_before_the_first_stop(ended, capsys):
   assert cli.main([*words, *(f'--stop={stop}' for stop in stops)]) == 0
   first = min(whole.index(stop, 3) for stop in stops)
   assert capsys.readouterr().out == whole[:first] + '\n'
+
+
+def test_weights_in_bfloat16_are_those_rounded(ended, tmp_path, capsys):
+  path = tmp_path / 'text.txt'
+  path.write_text('the quick brown fox ' * 20)
+  losses = []
+  for more in ((), ('--weights=float32',), ('--weights=bfloat16',)):
+    words = ['evaluate', f'--workdir={ended}', f'--text={path}', *more]
+    capsys.readouterr()
+    assert cli.main(words) == 0
+    losses.append(float(capsys.readouterr().out.split()[0]))
+  assert losses[0] == losses[1]
+  assert losses[2] == pytest.approx(losses[0], abs=0.01)
+  words = ['sample', f'--workdir={ended}', '--num_tokens=9', more[0]]
+  assert cli.main(words) == 0
 
 
 def test_a_draft_leaves_greedy_text_as_it_is(ended, config, tmp_path, capsys):

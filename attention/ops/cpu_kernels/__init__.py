@@ -27,8 +27,7 @@ _TARGETS = 'attention_forward', 'attention_backward', 'attention_product'
 @functools.cache
 def reason() -> str | None:
   """Register the kernels with XLA; return why they can't be used, or None."""
-  suffix = sysconfig.get_config_var('EXT_SUFFIX')
-  path = pathlib.Path(__file__).with_name(f'kernels{suffix}')
+  path = library_path()
   if not path.exists():
     return (
       'the CPU kernels are not built; install the package with a C++ compiler '
@@ -46,11 +45,18 @@ def reason() -> str | None:
   return None
 
 
-def instruction_set() -> str:
-  """Return the instruction set that the kernels use on this processor."""
+def library_path() -> pathlib.Path:
+  """Return where setup.py puts the kernels."""
   suffix = sysconfig.get_config_var('EXT_SUFFIX')
-  library = ctypes.CDLL(
-    str(pathlib.Path(__file__).with_name(f'kernels{suffix}'))
-  )
-  library.attention_instruction_set.restype = ctypes.c_char_p
-  return library.attention_instruction_set().decode()
+  return pathlib.Path(__file__).with_name(f'kernels{suffix}')
+
+
+def instruction_set() -> str:
+  """Return the instruction set that the kernels use on this processor.
+
+  The environment variable ATTENTION_INSTRUCTION_SET may name a lesser one that
+  it has: 'AVX-512', 'AVX2' or 'baseline'.
+  """
+  function = ctypes.CDLL(str(library_path())).attention_instruction_set
+  function.restype = ctypes.c_char_p
+  return function().decode()

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <type_traits>
 #include <vector>
@@ -51,15 +52,22 @@ namespace baseline {
 #undef REGISTERS
 }  // namespace baseline
 
+// The best instruction set that the processor has and, for tests, that the
+// environment variable ATTENTION_INSTRUCTION_SET does not rule out.
 const Kernels& kernels() {
   static const Kernels best = [] {
+    const char* asked = std::getenv("ATTENTION_INSTRUCTION_SET");
+    [[maybe_unused]] auto may_be = [&](const char* name) {
+      return !asked || std::strcmp(asked, name) == 0;
+    };
 #if defined(__x86_64__)
-    if (__builtin_cpu_supports("avx512f") &&
+    if (may_be("AVX-512") && __builtin_cpu_supports("avx512f") &&
         __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl"))
       return avx512::kernels("AVX-512");
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    if (may_be("AVX2") && __builtin_cpu_supports("avx2") &&
+        __builtin_cpu_supports("fma"))
       return avx2::kernels("AVX2");
 #endif
     return baseline::kernels("baseline");
