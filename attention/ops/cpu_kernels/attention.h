@@ -212,7 +212,10 @@ INLINE Vector dropout_factors(const Dropout& dropout, uint32_t line,
   Unsigned positions;
   for (int i = 0; i < kLanes; ++i) positions[i] = key + i;
   positions = positions * dropout.stride + dropout.numbers[3];
-  Unsigned bits = mix(line ^ mix(positions + dropout.numbers[0]));
+  Unsigned bits = positions + dropout.numbers[0];
+  mix(bits);
+  bits ^= line;
+  mix(bits);
   return bits >= dropout.threshold ? broadcast(dropout.factor) : Vector{};
 }
 

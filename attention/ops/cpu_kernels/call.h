@@ -39,12 +39,12 @@ INLINE uint16_t from_float<uint16_t>(float x) {
   return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 }
 
-// A bijective hash of 32 bits (Wellons 2018, "lowbias32").
+// A bijective hash of 32 bits, in place (Wellons 2018, "lowbias32").
 template <typename T>
-INLINE T mix(T x) {
+INLINE void mix(T& x) {
   x = (x ^ (x >> 16)) * 0x7FEB352Du;
   x = (x ^ (x >> 15)) * 0x846CA68Bu;
-  return x ^ (x >> 16);
+  x = x ^ (x >> 16);
 }
 
 // An array whose axes broadcast to [rows, heads, queries, keys], by strides.
@@ -68,8 +68,11 @@ struct Dropout {
   // The part of the hash that a head and a query determine.
   uint32_t line(int64_t head, int64_t query) const {
     uint32_t position = numbers[2] + stride * static_cast<uint32_t>(query);
-    uint32_t seeded = static_cast<uint32_t>(head) + numbers[0];
-    return mix((mix(seeded) ^ position) + numbers[1]);
+    uint32_t hash = static_cast<uint32_t>(head) + numbers[0];
+    mix(hash);
+    hash = (hash ^ position) + numbers[1];
+    mix(hash);
+    return hash;
   }
 };
 

@@ -10,9 +10,19 @@
 
 #include "call.h"
 
+// Functions between these two may use some further instructions.
+#define PRAGMA(text) _Pragma(#text)
+#if defined(__clang__)
+#define TARGET(flags) \
+  PRAGMA(clang attribute push(__attribute__((target(flags))), apply_to = function))
+#define END_TARGET PRAGMA(clang attribute pop)
+#else
+#define TARGET(flags) PRAGMA(GCC push_options) PRAGMA(GCC target(flags))
+#define END_TARGET PRAGMA(GCC pop_options)
+#endif
+
 #if defined(__x86_64__)
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma")
+TARGET("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma")
 namespace avx512 {
 #define LANES 16
 #define REGISTERS 32
@@ -22,10 +32,9 @@ namespace avx512 {
 #undef LANES
 #undef REGISTERS
 }  // namespace avx512
-#pragma GCC pop_options
+END_TARGET
 
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
+TARGET("avx2,fma")
 namespace avx2 {
 #define LANES 8
 #define REGISTERS 16
@@ -35,7 +44,7 @@ namespace avx2 {
 #undef LANES
 #undef REGISTERS
 }  // namespace avx2
-#pragma GCC pop_options
+END_TARGET
 #endif
 
 namespace baseline {
