@@ -150,6 +150,6 @@ class Cpu(_Kernels):
   def refusal(self, query, key, value, options):
     return (
       cpu_kernels.reason()
-      or self._module.refusal(query, options)
+      or self._module.refusal(query, key, options)
       or _common_refusal(query, key, value, options)
     )

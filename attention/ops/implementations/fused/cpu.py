@@ -20,11 +20,17 @@ from attention.ops.implementations.fused import operands
 
 _FEW_QUERIES = 8  # that read keys from a cache's layout
 _MANY_KEYS = 32
+_FEW_PAIRS = 16
 _SPLIT = 512  # queries in each part of the gradient of keys, or more
 
 
-def refusal(query, options) -> str | None:
+def refusal(query, key, options) -> str | None:
   """Return why the kernels don't support these arguments, or None."""
+  if query.shape[-3] * key.shape[-3] < _FEW_PAIRS:
+    return (
+      f'expected {_FEW_PAIRS} pairs of queries and keys or more; with fewer, '
+      'plain XLA is faster'
+    )
   if query.dtype == jnp.float16:
     return 'expected float32 or bfloat16, got float16'
   conditions = () if options.mask is None else options.mask.conditions
