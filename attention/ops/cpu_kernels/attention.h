@@ -441,7 +441,8 @@ void backward(const Chunk& chunk, const Gradients& gradients) {
                      d, block.count, d, count);
     }
     if (!is_packed) continue;
-    float factor = call.scale / call.factor();
+    // The packed queries are scaled already, and in base 2.
+    float factor = call.logit_cap > 0 ? call.scale : 1 / kLog2E;
     for (int64_t j = 0; j < count; ++j) {
       int64_t at = (chunk.row * call.keys + key + j) * call.groups + chunk.group;
       float* d_k = gradients.d_key + at * call.key_size;

@@ -8,9 +8,6 @@
 #include <cstring>
 #include <vector>
 
-#include <cstdint>
-#include <cstring>
-
 #define INLINE inline __attribute__((always_inline))
 
 constexpr float kLog2E = 1.44269504f;

@@ -153,6 +153,15 @@ def test_outputs_and_gradients_match_the_reference(case, kind, assert_close):
     assert_close(x, y, scale=scale)
 
 
+def test_logits_scaled_by_zero_have_finite_gradients(assert_close):
+  kernels, q, k = _kernels('cpu')
+  query, key, value = (jnp.ones((1, n, 2, 4)) for n in (q, k, k))
+  arguments = check(query, key, value, scale=0.0), jnp.ones((1, q, 2, 4))
+  expected = _run(reference.attention, *arguments)
+  for x, y in zip(_run(kernels, *arguments), expected, strict=True):
+    assert_close(x, y)
+
+
 @pytest.mark.parametrize(
   ('kernel', 'size', 'bias', 'stages'),
   [
