@@ -37,15 +37,18 @@ class Characters:
     """
     known = _code_points(self.symbols)
     points = _code_points(text)
-    tokens = np.minimum(np.searchsorted(known, points), len(known) - 1)
-    unknown = points[known[tokens] != points]
+    beyond = known.max(initial=0) + 1
+    table = np.full(beyond + 1, -1, np.int32)
+    table[known] = np.arange(len(known))
+    tokens = table[np.minimum(points, beyond)]
+    unknown = points[tokens < 0]
     if len(unknown):
       symbols = ''.join(map(chr, sorted(set(unknown.tolist()))))
       raise ValueError(
         f'symbols {symbols!r} are not in the vocabulary of {self.size} '
         'training symbols'
       )
-    return tokens.astype(np.int32)
+    return tokens
 
   def decode(self, tokens) -> str:
     return ''.join(self.pieces(tokens))

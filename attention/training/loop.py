@@ -160,12 +160,12 @@ class _Run:
     self.report.print('compiling …')
     self.report.advance(self.start)
     clock = time.perf_counter()
+    init = None if self.start else self.step.compile_init()
     compiling = self.step.compile(self._batch(self.start))
-    if self.start:
+    if init is None:
       state = self.checkpoints.restore(self.start, self.step.like)
     else:
-      init = self.step.compile_init().result()
-      state = init()
+      state = init.result()()
       if (params := self._pretrained) is not None:
         shardings = jax.tree.map(lambda x: x.sharding, state['params'])
         params = hk.data_structures.merge(state['params'], params)

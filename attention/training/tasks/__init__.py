@@ -9,23 +9,12 @@ all; `is_per_token`: False if its matrices are not applied once per token; and
 `has_pairs`: True if the mesh axis 'pairs' divides its model.
 """
 
+import importlib
 import pathlib
 
-from attention.training.tasks.classification import Classification
-from attention.training.tasks.contacts import Contacts
-from attention.training.tasks.finetune import Finetune
-from attention.training.tasks.language import Language
-from attention.training.tasks.msa import Msa
-from attention.training.tasks.translation import Translation
 from attention.training.workdir import run_files
 
-_TASKS = {
-  'classification': Classification,
-  'contacts': Contacts,
-  'language': Language,
-  'msa': Msa,
-  'translation': Translation,
-}
+_TASKS = ('classification', 'contacts', 'language', 'msa', 'translation')
 
 
 def create(config, record: dict | None = None):
@@ -56,10 +45,12 @@ def load(config, workdir: pathlib.Path):
 
 
 def _find(config):
+  """Return a config's task class, importing only its module."""
   if config.task not in _TASKS:
     raise ValueError(
-      f'task: expected one of {sorted(_TASKS)}, got {config.task!r}'
+      f'task: expected one of {list(_TASKS)}, got {config.task!r}'
     )
-  if config.task == 'language' and 'init' in config:
-    return Finetune
-  return _TASKS[config.task]
+  is_finetuned = config.task == 'language' and 'init' in config
+  name = 'finetune' if is_finetuned else config.task
+  module = importlib.import_module(f'{__name__}.{name}')
+  return getattr(module, name.capitalize())
