@@ -34,6 +34,7 @@ class Step:
       donate_argnums=0,
       out_shardings=(shardings, sharding.replicated(mesh)),
     )
+    self._options = precision.compiler_options(settings.precision, mesh)
     # Compile outside the main thread, which must stay free to handle signals.
     self._compiler = futures.ThreadPoolExecutor(2)
     self._programs = {}
@@ -83,8 +84,15 @@ class Step:
     """Start compiling the step for sharded batches of this shape."""
     key = tuple((name, x.shape, x.dtype) for name, x in sorted(batch.items()))
     if key not in self._programs:
-      self._programs[key] = self._compiler.submit(self.lower(batch).compile)
+      lowered = self.lower(batch)
+      self._programs[key] = self._compiler.submit(self._compile, lowered)
     return self._programs[key]
+
+  def _compile(self, lowered):
+    try:
+      return lowered.compile(compiler_options=self._options)
+    except jax.errors.JaxRuntimeError:  # a version of XLA without the options
+      return lowered.compile()
 
   def lower(self, batch: dict):
     """Lower the step for batches of this shape."""

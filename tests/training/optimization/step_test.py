@@ -97,6 +97,22 @@ def test_bad_steps_change_nothing_and_are_counted():
   assert np.isfinite(measured[2]['train/loss'])
 
 
+def test_only_float32_steps_on_cpus_have_options(monkeypatch):
+  _, step = _step()
+  kind = step.mesh.devices.flat[0].platform
+  options = precision.compiler_options('', step.mesh)
+  assert bool(options) == (kind == 'cpu')
+  assert not precision.compiler_options('products=bfloat16', step.mesh)
+  known, _ = _run([1.0])
+  monkeypatch.setattr(
+    precision, 'compiler_options', lambda *_: {'xla_no_such_option': 'x'}
+  )
+  unknown, _ = _run([1.0])
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), known, unknown
+  )
+
+
 def test_frozen_parameters_have_no_gradients_and_no_moments(assert_close):
   task = _Regression()
   task.is_trained = lambda module, name, value: name == 'b'
