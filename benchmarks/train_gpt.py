@@ -2,12 +2,14 @@
 
   python benchmarks/train_gpt.py [--rounds=15] [--config=configs/gpt_char.py]
 
-Both sides use the same sizes, the same batches, AdamW and clipping by global
-norm. Ours is in float32, and with the products of layers in bfloat16. The
-peers, in float32, are transformers' GPT2LMHeadModel, and a plain nn.Module with
-scaled_dot_product_attention. All take turns in one process, several steps at a
-time. The table shows medians over the rounds, and medians of the per-round
-ratios.
+Both sides use the same sizes, the same batches, AdamW with the same schedule,
+and clipping by global norm. Ours is in float32, and with the products of layers
+in bfloat16. The peers, in float32, are a plain nn.Module with
+scaled_dot_product_attention, run eagerly and by torch.compile from the same
+initial parameters as ours, and transformers' GPT2LMHeadModel with its own. All
+take turns in one process, several steps at a time. The table shows medians over
+the rounds, medians of the per-round ratios, and the mean loss of the last 100
+steps or, if there are fewer, of all.
 """
 
 # ruff: noqa: E402
@@ -17,6 +19,8 @@ import sys
 del sys.path[0]
 
 import argparse
+import collections
+import copy
 import statistics
 import time
 
@@ -29,7 +33,7 @@ from rich.table import Table
 from torch import nn
 
 from attention.training import command_line, tasks
-from attention.training.optimization import precision
+from attention.training.optimization import optimizers, precision
 from attention.training.optimization.step import Step
 from attention.training.training_config import TrainingConfig
 
@@ -91,6 +95,37 @@ class Plain(nn.Module):
     x = self.blocks(self.tokens(tokens) + self.positions)
     return self.norm(x) @ self.tokens.weight.T
 
+  def load(self, params):
+    """Copy the parameters of our model."""
+    final, tokens = params['gpt/final_norm'], params['gpt/tokens']
+    pairs = [(self.norm, final)]
+    for i, block in enumerate(self.blocks):
+      ours = {
+        name.removeprefix(f'gpt/block_{i}/'): leaves
+        for name, leaves in params.items()
+      }
+      pairs += [
+        (block.norms[0], ours['attention_norm']),
+        (block.norms[1], ours['feed_forward_norm']),
+        (block.qkv, ours['attention/qkv']),
+        (block.linear, ours['attention/linear']),
+        (block.expand, ours['expand']),
+        (block.contract, ours['contract']),
+      ]
+    with torch.no_grad():
+      self.tokens.weight.copy_(_tensor(tokens['embeddings']))
+      self.positions.copy_(_tensor(params['gpt']['positions']))
+      for module, leaves in pairs:
+        is_norm = 'scale' in leaves
+        module.weight.copy_(
+          _tensor(leaves['scale'] if is_norm else leaves['w'].T)
+        )
+        module.bias.copy_(_tensor(leaves['offset' if is_norm else 'b']))
+
+
+def _tensor(x):
+  return torch.from_numpy(np.array(x))
+
 
 def gpt2(vocab, model):
   config = transformers.GPT2Config(
@@ -122,6 +157,8 @@ def peer(task, config, network, forward):
     betas=(settings.b1, settings.b2),
     fused=True,
   )
+  _, schedule = optimizers.adamw(steps=config.training.steps, **settings)
+  rates = np.asarray(jax.vmap(schedule)(np.arange(config.training.steps + 1)))
 
   def run(n):
     batch = {
@@ -135,6 +172,8 @@ def peer(task, config, network, forward):
     )
     loss.backward()
     nn.utils.clip_grad_norm_(network.parameters(), settings.clip_norm)
+    for group in optimizer.param_groups:
+      group['lr'] = float(rates[min(n + 1, len(rates) - 1)])
     optimizer.step()
     return loss.item()
 
@@ -161,27 +200,30 @@ def main():
   task = tasks.create(config)
   vocab = task.vocabulary.size
   plain = Plain(vocab, config.model)
+  plain.load(jax.jit(task.init)(jax.random.key(config.seed)))
+  compiled = copy.deepcopy(plain)
   contestants = {
     'attention': ours(task, config),
     'attention, products in bfloat16': ours(task, config, 'products=bfloat16'),
     'PyTorch, plain module': peer(task, config, plain, plain),
+    'the same, compiled': peer(task, config, compiled, torch.compile(compiled)),
     'transformers, GPT2LMHeadModel': peer(
       task, config, *gpt2(vocab, config.model)
     ),
   }
   times = {name: [] for name in contestants}
+  losses = {name: collections.deque(maxlen=100) for name in contestants}
   for n in range(arguments.rounds + 1):  # the first round is a warm-up
     for name, advance in contestants.items():
       start = time.perf_counter()
-      for i in range(arguments.steps):
-        loss = advance(n * arguments.steps + i)
-      float(loss)
+      found = [advance(n * arguments.steps + i) for i in range(arguments.steps)]
+      losses[name].extend(map(float, found))
       seconds = (time.perf_counter() - start) / arguments.steps
       if n:
         times[name].append(seconds)
 
   tokens = task.tokens_per_step
-  table = Table('', 'ms per step', 'tokens/s', 'time / ours')
+  table = Table('', 'ms per step', 'tokens/s', 'time / ours', 'loss')
   for name, seconds in times.items():
     median = statistics.median(seconds)
     ratios = [a / b for a, b in zip(seconds, times['attention'], strict=True)]
@@ -190,6 +232,7 @@ def main():
       f'{median * 1e3:.1f}',
       f'{tokens / median:,.0f}',
       f'{statistics.median(ratios):.2f}',
+      f'{statistics.mean(losses[name]):.4f}',
     )
   versions = f'jax {jax.__version__}, torch {torch.__version__}'
   table.caption = f'{versions}, {torch.get_num_threads()} threads'
