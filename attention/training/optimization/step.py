@@ -38,6 +38,7 @@ class Step:
     # Compile outside the main thread, which must stay free to handle signals.
     self._compiler = futures.ThreadPoolExecutor(2)
     self._programs = {}
+    self._in_flight = None
 
   @classmethod
   def create(cls, config, settings, task, devices=None) -> 'Step':
@@ -101,8 +102,11 @@ class Step:
 
   def run(self, program, state: dict, batch: dict, step: int):
     """Run a compiled step, counted from 0; returns (state, metrics)."""
-    results = program(state, batch, np.int32(step))
-    return sharding.block_if_virtual(self.mesh, results)
+    if sharding.are_virtual(self.mesh):
+      jax.block_until_ready(self._in_flight)
+    state, metrics = program(state, batch, np.int32(step))
+    self._in_flight = metrics
+    return state, metrics
 
 
 def init(task, optimizer, seed: int, precision_policy: str = '') -> dict:

@@ -244,11 +244,10 @@ def tracing_for(mesh: Mesh):
   return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
-def block_if_virtual(mesh: Mesh, results):
-  """Wait for the results on virtual CPU devices; otherwise return at once.
+def are_virtual(mesh: Mesh) -> bool:
+  """Whether the devices are virtual CPU devices, which share a thread pool.
 
-  Virtual devices share one thread pool. If a second step is in flight, all
-  threads may end up waiting for a device that has no thread left to run on.
+  With two steps in flight, all of its threads may end up waiting for a device
+  that has no thread left to run on.
   """
-  is_virtual = mesh.size > 1 and mesh.devices.flat[0].platform == 'cpu'
-  return jax.block_until_ready(results) if is_virtual else results
+  return mesh.size > 1 and mesh.devices.flat[0].platform == 'cpu'
