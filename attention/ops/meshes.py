@@ -22,6 +22,11 @@ def in_context() -> AbstractMesh | None:
   return None if mesh.empty or mesh.manual_axes else mesh
 
 
+def none():
+  """A context without a mesh, for programs of one device."""
+  return jax.sharding.use_abstract_mesh(AbstractMesh((), ()))
+
+
 def size(axis: str | None) -> int:
   """Return the number of devices along an axis; 1 if no mesh has it."""
   mesh = in_context()

@@ -13,6 +13,7 @@ from attention.data import translation
 from attention.data.subwords import Subwords
 from attention.data.vocabularies import END, START, Bytes, Framed
 from attention.models.losses import cross_entropy, token_cross_entropy
+from attention.ops import meshes
 from attention.ops.cache import Cache
 
 _ROWS = 64  # number of sources decoded together
@@ -224,9 +225,9 @@ class Translation:
     params = jax.device_put(params, jax.devices()[0])
     for start in range(0, len(numbers), _ROWS):
       part = numbers[start : start + _ROWS]
-      tokens = self._decode(
-        params, *_fill([encoded[i] for i in part]), beam_size=beam_size
-      )
+      batch = _fill([encoded[i] for i in part])
+      with meshes.none():
+        tokens = self._decode(params, *batch, beam_size=beam_size)
       if place is not None:
         place({})
       for i, row in zip(part, np.asarray(tokens), strict=False):
@@ -356,12 +357,13 @@ class Translation:
       layers='*cross_attention' if layers is None else layers,
       heads=heads,
     )
-    _, found = jax.jit(run)(
-      jax.device_put(params, jax.devices()[0]),
-      source[None],
-      np.append(START, tokens)[None],
-      np.array([len(source)]),
-    )
+    with meshes.none():
+      _, found = jax.jit(run)(
+        jax.device_put(params, jax.devices()[0]),
+        source[None],
+        np.append(START, tokens)[None],
+        np.array([len(source)]),
+      )
     if self._frame_size:
       keys = list(map(str, range(len(source))))
     else:

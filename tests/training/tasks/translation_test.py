@@ -3,6 +3,7 @@
 import io
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
@@ -48,7 +49,9 @@ def _config(pairs, **changes):
       'tensorboard': False,
     }
   )
-  config.update_from_flattened_dict(changes)
+  config.update_from_flattened_dict(
+    {'model.attention.implementation': ''} | changes
+  )
   return config
 
 
@@ -103,6 +106,17 @@ def test_each_line_gets_an_answer_or_a_reason(run):
   assert 'line 4: not UTF-8 at byte 5 (0xff)' in errors
   # Answers do not depend on the other lines of a batch.
   assert _answer(run, b'eckig\n')[1][0] == answers[4]
+
+
+def test_the_mesh_of_a_run_is_not_that_of_translations(run):
+  task, params = trained.load(run, 'translation')
+  sources = ['rot blau', 'gelb'] * 2
+  expected = task.translate(params, sources)
+  names = ('data', 'fsdp', 'tensor', 'context', 'pairs')
+  mesh = jax.sharding.AbstractMesh((2, 1, 1, 1, 1), names)
+  with jax.sharding.use_abstract_mesh(mesh):
+    assert task.translate(params, sources) == expected
+    assert task.patterns(params, 'rot blau')['cross_attention']
 
 
 def test_only_a_terminal_gets_a_prompt(run):
