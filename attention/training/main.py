@@ -7,7 +7,12 @@ import sys
 
 import jax
 
-from attention.training import command_line, compilation_cache, loop
+from attention.training import (
+  command_line,
+  compilation_cache,
+  host_memory,
+  loop,
+)
 from attention.training.optimization import nonfinite
 from attention.training.parallelism import processes
 from attention.training.workdir import lock
@@ -59,7 +64,9 @@ def print_error(error: Exception) -> int:
 
 
 def set_up_jax(cpu_devices: int = 0, is_deterministic: bool = False) -> None:
-  """Configure JAX and its compilation cache. Call this before JAX is used.
+  """Configure JAX, its compilation cache and the memory of the host.
+
+  Call this before JAX is used.
 
   Args:
     cpu_devices: number of virtual CPU devices, if there is no accelerator.
@@ -68,6 +75,7 @@ def set_up_jax(cpu_devices: int = 0, is_deterministic: bool = False) -> None:
       are deterministic.
   """
   compilation_cache.use_cache()
+  host_memory.keep_freed_memory()
   given = os.environ.get('XLA_FLAGS', '')
   if cpu_devices and 'xla_force_host_platform_device_count' not in given:
     with contextlib.suppress(RuntimeError):  # JAX has been used before

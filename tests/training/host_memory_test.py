@@ -1,0 +1,48 @@
+"""Freed memory stays with the process."""
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+from attention.training import host_memory
+
+_CODE = """
+import ctypes, resource, runpy, sys, threading
+
+if sys.argv[2] == 'kept':
+  assert runpy.run_path(sys.argv[1])['keep_freed_memory']()
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+libc.malloc.argtypes = [ctypes.c_size_t]
+libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+libc.free.argtypes = [ctypes.c_void_p]
+
+def use():
+  for _ in range(2):  # as temporaries of a step, in threads of XLA
+    block = libc.malloc(2**26)
+    libc.memset(block, 1, 2**26)
+    libc.free(block)
+
+def run():
+  thread = threading.Thread(target=use)
+  thread.start()
+  thread.join()
+
+run()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+run()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(
+  platform.libc_ver()[0] != 'glibc', reason='other libraries have no mallopt'
+)
+def test_large_blocks_are_not_cleared_again():
+  faults = {}
+  for name in ('kept', 'returned'):
+    command = [sys.executable, '-c', _CODE, host_memory.__file__, name]
+    faults[name] = int(subprocess.check_output(command))
+  assert faults['kept'] < 500 < faults['returned']
