@@ -4,13 +4,16 @@ import platform
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from attention.training import host_memory
 
 _CODE = """
 import ctypes, resource, runpy, sys, threading
+import jax
 
+jax.config.update('jax_platforms', 'cpu')
 if sys.argv[2] == 'kept':
   assert runpy.run_path(sys.argv[1])['keep_freed_memory']()
 libc = ctypes.CDLL(None)
@@ -35,6 +38,16 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 run()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
+
+
+def test_hosts_of_accelerators_are_left_alone(monkeypatch):
+  monkeypatch.setattr(host_memory.ctypes, 'CDLL', None)  # not reached
+  before = jax.config.jax_platforms
+  jax.config.update('jax_platforms', 'cuda,cpu')
+  try:
+    assert not host_memory.keep_freed_memory()
+  finally:
+    jax.config.update('jax_platforms', before)
 
 
 @pytest.mark.skipif(
