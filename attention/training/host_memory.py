@@ -16,7 +16,8 @@ def keep_freed_memory() -> bool:
   On CPUs, XLA allocates the temporaries of a program anew for each call. By
   default, glibc returns large blocks to the system when they are freed, and the
   system clears their pages again when they are next used, which can take a
-  third of a step. The process then holds its peak memory until it ends.
+  third of a step. A process that keeps them holds its peak memory until it
+  ends. Compilation takes longer, as all its threads share an arena.
 
   Call this before JAX is used: threads that have an arena of their own, which
   is too small for large blocks, keep it. Nothing changes where JAX may use an

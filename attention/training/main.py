@@ -32,7 +32,11 @@ def main(argv: list[str]) -> int:
   try:
     arguments = command_line.parse(argv)
     config = arguments.config
-    set_up_jax(config.training.cpu_devices, config.training.deterministic)
+    set_up_jax(
+      config.training.cpu_devices,
+      config.training.deterministic,
+      config.training.keep_memory,
+    )
     processes.start(
       arguments.coordinator, arguments.num_processes, arguments.process_id
     )
@@ -63,7 +67,11 @@ def print_error(error: Exception) -> int:
   return 2
 
 
-def set_up_jax(cpu_devices: int = 0, is_deterministic: bool = False) -> None:
+def set_up_jax(
+  cpu_devices: int = 0,
+  is_deterministic: bool = False,
+  keeps_memory: bool = False,
+) -> None:
   """Configure JAX, its compilation cache and the memory of the host.
 
   Call this before JAX is used.
@@ -73,9 +81,11 @@ def set_up_jax(cpu_devices: int = 0, is_deterministic: bool = False) -> None:
     is_deterministic: use only kernels that give the same bits in every run.
       This matters on GPU, where it costs some speed; all kernels on CPU and TPU
       are deterministic.
+    keeps_memory: see `host_memory.keep_freed_memory`.
   """
   compilation_cache.use_cache()
-  host_memory.keep_freed_memory()
+  if keeps_memory:
+    host_memory.keep_freed_memory()
   given = os.environ.get('XLA_FLAGS', '')
   if cpu_devices and 'xla_force_host_platform_device_count' not in given:
     with contextlib.suppress(RuntimeError):  # JAX has been used before

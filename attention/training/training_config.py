@@ -41,6 +41,7 @@ class TrainingConfig:
   # 'params=float32,compute=bfloat16,output=float32', or 'products=bfloat16'
   precision: str = ''
   deterministic: bool = False  # same bits in every run on GPU; slower
+  keep_memory: bool = False  # on CPU: faster with large temporaries
   tensorboard: bool = True  # write tb/ if tensorboardX is installed
   num_microbatches: int = 1  # parts of a batch; gradients are accumulated
 
@@ -53,6 +54,7 @@ class TrainingConfig:
     'cpu_devices',
     'mesh',
     'max_bad_steps',
+    'keep_memory',
     'tensorboard',
   )
 
