@@ -15,6 +15,7 @@ del sys.path[0]
 
 import argparse
 import contextlib
+import gc
 import pathlib
 import statistics
 import tempfile
@@ -35,6 +36,7 @@ _CONFIG = pathlib.Path(__file__).parents[1] / 'configs' / 'gpt_char.py'
 
 def measure(rounds: int) -> None:
   """Print the median milliseconds per step, and the median ratio."""
+  gc.set_threshold(100_000)  # as train.py
   config = command_line.load_config(str(_CONFIG))
   main.set_up_jax(config.training.cpu_devices)
   settings = TrainingConfig.create(config.training.to_dict())
