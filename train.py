@@ -4,7 +4,7 @@
 import gc
 
 # Imports and traces make many objects that live as long as the process. To
-# search them for garbage after every 700 of them takes half a second.
+# search them for garbage after every 700 of them takes tenths of a second.
 gc.set_threshold(100_000)
 
 import sys

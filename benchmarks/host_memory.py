@@ -1,9 +1,9 @@
-"""Measure what it saves that runs keep freed memory, on the CPU.
+"""Measure what training.keep_memory saves, on the CPU.
 
   python benchmarks/host_memory.py [--rounds=5] [--batch_size=64]
 
 Trains gpt_char with a larger batch, in processes that take turns: with malloc's
-own settings and with those of a run, see attention/training/host_memory.py.
+own settings, and with freed memory kept, see attention/training/host_memory.py.
 """
 
 # ruff: noqa: E402
@@ -30,7 +30,7 @@ from attention.training.training_config import TrainingConfig
 
 _CONFIG = pathlib.Path(__file__).parents[1] / 'configs' / 'gpt_char.py'
 _STEPS = 20
-_NAMES = {'returned': "malloc's settings", 'kept': "a run's settings"}
+_NAMES = {'returned': "malloc's settings", 'kept': 'memory kept'}
 
 
 def train(name: str, batch_size: int) -> dict:

@@ -49,9 +49,7 @@ def _config(pairs, **changes):
       'tensorboard': False,
     }
   )
-  config.update_from_flattened_dict(
-    {'model.attention.implementation': ''} | changes
-  )
+  config.update_from_flattened_dict(changes)
   return config
 
 
