@@ -10,7 +10,11 @@ from rich.table import Table
 
 from attention import plots
 from attention.commands import trained_models
-from attention.training.tasks.study import SCORES, why_no_sum
+from attention.training.tasks.study import (
+  SCORES,
+  repeated_tokens,
+  why_no_sum,
+)
 
 _LONGEST_LABEL = 40  # characters of a text
 _TOP = 20  # parts of a logit that are drawn
@@ -48,7 +52,7 @@ def run(arguments) -> int:
   else:
     count = arguments.random_tokens
     labels = [f'{count} random tokens, twice']
-    rows = [task.repeated_tokens(count, arguments.seed)]
+    rows = [repeated_tokens(task, count, arguments.seed)]
   studies = [task.study(params, tokens) for tokens in rows]
   # Texts without repeated tokens have no scores of induction.
   scores = np.asarray(jnp.nanmean(jnp.stack([s.scores for s in studies]), 0))

@@ -14,6 +14,7 @@ from attention.data.vocabularies import Characters
 from attention.interop import transformers
 from attention.training import trained
 from attention.training.tasks.language import Language
+from attention.training.tasks.study import repeated_tokens
 from attention.training.workdir import run_files
 
 _FIELDS = dict(context_size=12, num_layers=2, num_heads=3, model_size=12)
@@ -90,16 +91,16 @@ def test_a_study_is_what_analysis_says(changes, assert_close):
 def test_random_tokens_are_repeated_after_the_prefix():
   task = Language(Characters('abcdefgh'), _FIELDS, None)
   task.prefix = (7, 7)
-  (tokens,) = task.repeated_tokens(5, seed=0)
+  (tokens,) = repeated_tokens(task, 5, seed=0)
   assert tokens[:2].tolist() == [7, 7]
   assert tokens[2:7].tolist() == tokens[7:].tolist()
   assert len({*tokens[2:7].tolist()}) == 5
-  assert (task.repeated_tokens(5, 0) == tokens).all()
-  assert (task.repeated_tokens(5, 1) != tokens).any()
+  assert (repeated_tokens(task, 5, 0) == tokens).all()
+  assert (repeated_tokens(task, 5, 1) != tokens).any()
   with pytest.raises(ValueError, match='expected 1 to 5, as they must fit'):
-    task.repeated_tokens(6, 0)
+    repeated_tokens(task, 6, 0)
   small = Language(Characters('ab'), _FIELDS, None)
-  assert small.repeated_tokens(6, 0).max() < 2
+  assert repeated_tokens(small, 6, 0).max() < 2
 
 
 def _table(printed):

@@ -380,7 +380,7 @@ class Language:
 
     Args:
       params: model parameters.
-      tokens: [1, t], from `encode` or `repeated_tokens`.
+      tokens: [1, t], from `encode` or `study.repeated_tokens`.
 
     Raises:
       ValueError: the text is too long, or the model has no attention.
@@ -394,33 +394,6 @@ class Language:
   def _measure(self):
     fields, size = self.model_fields, self.vocabulary.size
     return jax.jit(functools.partial(study.measure, self._model, fields, size))
-
-  def repeated_tokens(self, count: int, seed: int) -> np.ndarray:
-    """Draw random tokens, and repeat them once: a probe of induction.
-
-    Nothing but the repetition predicts them (Olsson et al. 2022). They are
-    distinct if the vocabulary suffices.
-
-    Args:
-      count: number of tokens to draw.
-      seed: random seed.
-
-    Returns:
-      [1, t], the prefix and both copies.
-
-    Raises:
-      ValueError: they do not fit into the model's context.
-    """
-    most = (self.context_size - len(self.prefix)) // 2
-    if not 1 <= count <= most:
-      raise ValueError(
-        f'random_tokens: expected 1 to {most}, as they must fit into the '
-        f'context of {self.context_size} tokens twice, got {count}'
-      )
-    size = self.vocabulary.size
-    rng = np.random.default_rng(seed)
-    drawn = rng.choice(size, count, replace=count > size)
-    return np.array([[*self.prefix, *drawn, *drawn]], np.int32)
 
   def _check_length(self, tokens):
     if tokens.shape[1] > self.context_size:

@@ -108,6 +108,35 @@ def measure(model, fields: dict, vocab_size: int, params, tokens) -> dict:
   }
 
 
+def repeated_tokens(task, count: int, seed: int) -> np.ndarray:
+  """Draw random tokens, and repeat them once: a probe of induction.
+
+  Nothing but the repetition predicts them (Olsson et al. 2022). They are
+  distinct if the vocabulary suffices.
+
+  Args:
+    task: the language task whose vocabulary and context are used.
+    count: number of tokens to draw.
+    seed: random seed.
+
+  Returns:
+    [1, t], the prefix and both copies.
+
+  Raises:
+    ValueError: they do not fit into the model's context.
+  """
+  most = (task.context_size - len(task.prefix)) // 2
+  if not 1 <= count <= most:
+    raise ValueError(
+      f'random_tokens: expected 1 to {most}, as they must fit into the '
+      f'context of {task.context_size} tokens twice, got {count}'
+    )
+  size = task.vocabulary.size
+  rng = np.random.default_rng(seed)
+  drawn = rng.choice(size, count, replace=count > size)
+  return np.array([[*task.prefix, *drawn, *drawn]], np.int32)
+
+
 def why_no_sum(fields: dict) -> str:
   """Why logits of a GPT are no sum over its parts, or ''."""
   if (norm := fields.get('norm', 'pre')) != 'pre':
