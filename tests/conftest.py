@@ -7,6 +7,7 @@ import pathlib
 import shutil
 import tempfile
 
+import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -88,6 +89,34 @@ def arrays():
     return [jnp.asarray(rng.normal(size=s), jnp.dtype(dtype)) for s in shapes]
 
   return make
+
+
+@pytest.fixture(scope='session')
+def random_params():
+  """random_params(function, *inputs): parameters of which none is 0 or 1."""
+
+  def make(function, *inputs):
+    params = jax.jit(hk.transform(function).init)(jax.random.key(0), *inputs)
+    rng = np.random.default_rng(0)
+    return jax.tree.map(
+      lambda x: x + 0.3 * rng.normal(size=x.shape).astype(np.float32), params
+    )
+
+  return make
+
+
+@pytest.fixture(scope='session')
+def assert_near():
+  """assert_near(actual, expected, atol): of trees, within an absolute error."""
+
+  def check(actual, expected, atol=1e-6):
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=atol),
+      actual,
+      expected,
+    )
+
+  return check
 
 
 @pytest.fixture(scope='session')
