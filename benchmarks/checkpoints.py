@@ -24,6 +24,7 @@ import time
 import jax
 
 from attention.training import command_line, main, tasks
+from attention.training.calls import Calls
 from attention.training.optimization import optimizers
 from attention.training.optimization.step import Step
 from attention.training.parallelism import sharding
@@ -46,7 +47,7 @@ def measure(rounds: int) -> None:
   task = tasks.create(config)
   mesh = sharding.make_mesh(task.batch_size)
   step = Step(task, optimizer, schedule, config.seed, mesh, settings)
-  state, n = step.init(), 0
+  state, n, calls = step.init(), 0, Calls(task, settings)
   seconds = {True: [], False: []}
 
   with tempfile.TemporaryDirectory() as folder:
@@ -54,14 +55,15 @@ def measure(rounds: int) -> None:
     with contextlib.closing(checkpoints):
       for round in range(rounds + 1):
         for is_saved in sorted(seconds, reverse=bool(round % 2)):
-          clock = time.perf_counter()
+          clock, start = time.perf_counter(), n
           if is_saved:
             checkpoints.save(n, state)
-          for _ in range(_STEPS):
-            batch = step.place(task.batch(n))
-            program = step.compile(batch).result()
-            state, _ = step.run(program, state, batch, n)
-            n += 1
+          while n % _STEPS or n == start:
+            batches = calls.batches(n)
+            stacked = step.stack(batches)
+            program = step.compile(stacked).result()
+            state, _ = step.run(program, state, stacked, n, len(batches))
+            n += len(batches)
           jax.block_until_ready(state)
           if round:  # the first one compiles
             seconds[is_saved].append((time.perf_counter() - clock) / _STEPS)

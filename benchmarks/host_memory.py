@@ -40,16 +40,17 @@ def train(name: str, batch_size: int) -> dict:
   config = command_line.load_config(str(_CONFIG))
   config.data.batch_size = batch_size
   jax.config.update('jax_num_cpu_devices', config.training.cpu_devices)
+  config.training.steps_per_call = 1
   settings = TrainingConfig.create(config.training.to_dict())
   task = tasks.create(config)
   step = Step.create(config, settings, task)
-  state, batch = step.init(), step.place(task.batch(0))
-  program = step.compile(batch).result()
+  state, batches = step.init(), step.stack([task.batch(0)])
+  program = step.compile(batches).result()
   for n in range(2 * _STEPS):
     if n == _STEPS:  # the first half warms up
       jax.block_until_ready(state)
       before, clock = resource.getrusage(resource.RUSAGE_SELF), time.time()
-    state, _ = step.run(program, state, batch, n)
+    state, _ = step.run(program, state, batches, n)
   jax.block_until_ready(state)
   seconds = time.time() - clock
   after = resource.getrusage(resource.RUSAGE_SELF)

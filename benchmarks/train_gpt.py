@@ -33,26 +33,34 @@ from rich.table import Table
 from torch import nn
 
 from attention.training import command_line, tasks
+from attention.training.calls import Calls
 from attention.training.optimization import optimizers, precision
 from attention.training.optimization.step import Step
 from attention.training.training_config import TrainingConfig
 
 
 def ours(task, config, policy=''):
-  """Make our training step, as a function of the step number."""
+  """Make our training, as a function of the first step and their number."""
   settings = TrainingConfig.create(
     config.training.to_dict() | {'precision': policy}
   )
   step = Step.create(config, settings, task)
-  state = step.init()
+  state, calls = step.init(), Calls(task, settings)
 
-  def run(n):
+  def run(first, count):
     nonlocal state
-    batch = step.place(task.batch(n))
-    with precision.applied(policy):
-      program = step.compile(batch).result()
-    state, metrics = step.run(program, state, batch, n)
-    return metrics['train/loss']
+    losses, n = [], first
+    while n < first + count:
+      batches = calls.batches(n)[: first + count - n]
+      stacked = step.stack(batches)
+      with precision.applied(policy):
+        program = step.compile(stacked).result()
+      state, metrics = step.run(program, state, stacked, n, len(batches))
+      losses.append((metrics['train/loss'], len(batches)))
+      n += len(batches)
+    return [
+      x for loss, count in losses for x in np.asarray(loss)[:count].tolist()
+    ]
 
   return run
 
@@ -144,7 +152,7 @@ def gpt2(vocab, model):
 
 
 def peer(task, config, network, forward):
-  """Make a PyTorch training step, as a function of the step number."""
+  """Make a peer's training, as a function like that of `ours`."""
   settings = config.optimizer
   decayed = [p for p in network.parameters() if p.ndim > 1]
   others = [p for p in network.parameters() if p.ndim <= 1]
@@ -160,7 +168,7 @@ def peer(task, config, network, forward):
   _, schedule = optimizers.adamw(steps=config.training.steps, **settings)
   rates = np.asarray(jax.vmap(schedule)(np.arange(config.training.steps + 1)))
 
-  def run(n):
+  def train_step(n):
     batch = {
       k: torch.from_numpy(np.array(v, np.int64))
       for k, v in task.batch(n).items()
@@ -177,7 +185,7 @@ def peer(task, config, network, forward):
     optimizer.step()
     return loss.item()
 
-  return run
+  return lambda first, count: [train_step(first + i) for i in range(count)]
 
 
 def main():
@@ -216,8 +224,7 @@ def main():
   for n in range(arguments.rounds + 1):  # the first round is a warm-up
     for name, advance in contestants.items():
       start = time.perf_counter()
-      found = [advance(n * arguments.steps + i) for i in range(arguments.steps)]
-      losses[name].extend(map(float, found))
+      losses[name].extend(advance(n * arguments.steps, arguments.steps))
       seconds = (time.perf_counter() - start) / arguments.steps
       if n:
         times[name].append(seconds)

@@ -80,7 +80,7 @@ def train(config, seeds: int):
   settings = TrainingConfig.create(config.training.to_dict())
   task = tasks.create(config)
   step = Step.create(config, settings, task)
-  program = step.compile(step.place(task.batch(0))).result()
+  program = step.compile(step.stack([task.batch(0)])).result()
   optimizer, _ = optimizers.adamw(steps=settings.steps, **config.optimizer)
   begin = jax.jit(
     lambda seed: init(task, optimizer, seed),
@@ -90,9 +90,13 @@ def train(config, seeds: int):
   for seed in range(seeds):
     state = begin(np.int32(seed))
     start = time.perf_counter()
-    for n in range(settings.steps):
-      batch = step.place(task.batch(seed * settings.steps + n))
-      state, _ = step.run(program, state, batch, n)
+    n = 0
+    while n < settings.steps:
+      count = min(settings.steps_per_call, settings.steps - n)
+      first = seed * settings.steps + n
+      batches = step.stack([task.batch(first + i) for i in range(count)])
+      state, _ = step.run(program, state, batches, n, count)
+      n += count
     jax.block_until_ready(state)
     seconds.append((time.perf_counter() - start) / settings.steps)
     values = task.evaluate(state['params'], step.place)

@@ -136,6 +136,7 @@ def _default():
         'log_every': 100,
         'eval_every': 500,
         'checkpoint_every': 500,
+        'steps_per_call': 20,
       },
     }
   )
@@ -174,6 +175,7 @@ def _base():
       'steps': 5_000,
       'eval_every': 250,
       'checkpoint_every': 250,
+      'steps_per_call': 1,
       'precision': _MIXED,
     }
   )
@@ -205,6 +207,7 @@ def _gpt2():
     {
       'steps': 20_000,
       'log_every': 10,
+      'steps_per_call': 1,
       'precision': _MIXED,
       'num_microbatches': 8,
     }

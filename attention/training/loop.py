@@ -9,8 +9,10 @@ import time
 
 import haiku as hk
 import jax
+import numpy as np
 
 from attention.training import tasks
+from attention.training.calls import Calls
 from attention.training.optimization import precision
 from attention.training.optimization.nonfinite import NotFinite, Watch
 from attention.training.optimization.step import Step
@@ -114,6 +116,7 @@ class _Run:
       )
     )
     self.trace = open_(Trace(workdir / 'profile', profile))
+    self.calls = Calls(task, settings, profile or ())
     self._open = open_
 
   def __call__(self, record):
@@ -161,7 +164,7 @@ class _Run:
     self.report.advance(self.start)
     clock = time.perf_counter()
     init = None if self.start else self.step.compile_init()
-    compiling = self.step.compile(self._batch(self.start))
+    compiling = self.step.compile(self._batches(self.start)[0])
     if init is None:
       state = self.checkpoints.restore(self.start, self.step.like)
     else:
@@ -186,17 +189,17 @@ class _Run:
     guard = Watch(
       self.step.trained, self.settings.max_bad_steps, self.report.print
     )
-    for n in range(self.start, self.settings.steps):
-      batch = self._batch(n)
+    while done < self.settings.steps:
+      batches, count = self._batches(done)
       with watch.paused():
-        program = self.step.compile(batch).result()
-      state, values = self.step.run(program, state, batch, n)
-      done = n + 1
+        program = self.step.compile(batches).result()
+      state, values = self.step.run(program, state, batches, done, count)
+      done += count
       self.report.advance(done)
       with watch.paused():
         self.trace.at(done, state)
       try:
-        guard.note(values.pop('bad'))
+        guard.note(values.pop('bad'), count)
         if done == self.settings.steps:
           guard.flush()
       except NotFinite:
@@ -204,7 +207,7 @@ class _Run:
         raise
 
       if self._is_due('log_every', done) or done == 1:
-        values = {k: float(v) for k, v in values.items()}
+        values = {k: float(np.asarray(v)[count - 1]) for k, v in values.items()}
         seconds = watch.lap()
         with watch.paused():
           self._log(done, values, seconds, done - logged)
@@ -240,8 +243,10 @@ class _Run:
     every = getattr(self.settings, key)
     return done % every == 0 or done == self.settings.steps
 
-  def _batch(self, n):
-    return self.step.place(self.task.batch(n))
+  def _batches(self, done):
+    """Return (stacked batches, their number) of the call after `done` steps."""
+    batches = self.calls.batches(done)
+    return self.step.stack(batches), len(batches)
 
   def _save(self, state, done):
     values = {}

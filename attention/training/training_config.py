@@ -13,6 +13,7 @@ _POSITIVE = (
   'num_kept',
   'max_bad_steps',
   'num_microbatches',
+  'steps_per_call',
   'cpu_devices',
 )
 
@@ -44,6 +45,7 @@ class TrainingConfig:
   keep_memory: bool = False  # on CPU: faster with large temporaries
   tensorboard: bool = True  # write tb/ if tensorboardX is installed
   num_microbatches: int = 1  # parts of a batch; gradients are accumulated
+  steps_per_call: int = 1  # the most steps that one program runs in a loop
 
   FREE = (
     'steps',
@@ -56,6 +58,7 @@ class TrainingConfig:
     'max_bad_steps',
     'keep_memory',
     'tensorboard',
+    'steps_per_call',
   )
 
   def __post_init__(self):

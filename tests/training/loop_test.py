@@ -227,12 +227,13 @@ def test_a_stopped_run_saves_and_prints_how_to_resume(
   assert train_here(*words('stopped')) == 0
   name = {signal.SIGINT: 'Ctrl-C', signal.SIGTERM: 'SIGTERM'}[number]
   output = capsys.readouterr().out
-  assert f'stopped by {name} at step 18; ' in output
+  # The signal comes in the call of steps 16 to 20.
+  assert f'stopped by {name} at step 20; ' in output
   command = output.split('to resume, run the same command again: ')[1]
   assert shlex.split(command) == ['python', 'train.py', *words('stopped')]
   workdir = tmp_path / 'stopped'
-  assert _state(workdir)[0] == 18
-  assert _figures(workdir)[-1]['step'] == 15
+  assert _state(workdir)[0] == 20
+  assert _figures(workdir)[-1]['step'] == 20
 
 
 def test_metrics_after_the_restored_step_are_removed(tmp_path):

@@ -70,7 +70,8 @@ class Training:
     Raises:
       ValueError: as `Step.create`.
     """
-    self.settings = TrainingConfig.create(config.training.to_dict())
+    settings = TrainingConfig.create(config.training.to_dict())
+    self.settings = dataclasses.replace(settings, steps_per_call=1)
     self.batch = task.batch(0)
     if self.settings.deterministic and target.options:  # GPUs have options
       options = target.options | {'xla_gpu_deterministic_ops': True}
@@ -99,9 +100,9 @@ class Training:
     sharding.check_context(self.batch, self.mesh)
     batch = {
       name: jax.ShapeDtypeStruct(
-        (rows, *x.shape[1:]),
+        (1, rows, *x.shape[1:]),
         x.dtype,
-        sharding=sharding.batched(self.mesh, x.shape),
+        sharding=sharding.stacked(self.mesh, (1, *x.shape)),
       )
       for name, x in self.batch.items()
     }

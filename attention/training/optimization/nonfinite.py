@@ -49,8 +49,11 @@ def update(bad, is_good, is_counted, step, norms):
   ).astype(jnp.int32)
 
 
+_NOTHING = ((), 0)
+
+
 class Watch:
-  """Checks each step's `BadSteps` one step late, to avoid blocking on it."""
+  """Checks the `BadSteps` of each call one call late, to avoid blocking."""
 
   def __init__(self, params, max_bad_steps: int, warn):
     """Create a watch.
@@ -65,27 +68,32 @@ class Watch:
       for path, _ in jax.tree_util.tree_leaves_with_path(params)
     ]
     self._max, self._warn = max_bad_steps, warn
-    self._before = self._pending = None
+    self._before, self._pending = None, _NOTHING
 
-  def note(self, bad) -> None:
-    """Store the newest array and check the one before it.
+  def note(self, bad, count: int = 1) -> None:
+    """Store the arrays of the newest call, and check those of the one before.
+
+    Args:
+      bad: an array per step, stacked.
+      count: number of steps; further rows are not in use.
 
     Raises:
       NotFinite: after `max_bad_steps` consecutive bad steps; the message names
         the first of them and the parameter.
     """
-    pending, self._pending = self._pending, bad
-    self._check(pending)
+    pending, self._pending = self._pending, (bad, count)
+    self._check(*pending)
 
   def flush(self) -> None:
-    """Check the newest array as well; raises like `note`."""
-    pending, self._pending = self._pending, None
-    self._check(pending)
+    """Check the newest arrays as well; raises like `note`."""
+    pending, self._pending = self._pending, _NOTHING
+    self._check(*pending)
 
-  def _check(self, bad):
-    if bad is None:
-      return
-    bad = BadSteps(*np.asarray(bad).tolist())
+  def _check(self, bad, count):
+    for row in np.asarray(bad)[:count]:
+      self._check_step(BadSteps(*row.tolist()))
+
+  def _check_step(self, bad):
     before, self._before = self._before, bad
     what = (
       'the loss' if bad.leaf < 0 else f'the gradient of {self._names[bad.leaf]}'

@@ -127,11 +127,18 @@ def batched(mesh: Mesh, shape: tuple = ()) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(*spec))
 
 
-def place(batch: dict, mesh: Mesh) -> dict:
+def stacked(mesh: Mesh | AbstractMesh, shape) -> NamedSharding:
+  """The sharding of an array with a leading axis of batches."""
+  return NamedSharding(
+    mesh, PartitionSpec(None, *batched(mesh, shape[1:]).spec)
+  )
+
+
+def place(batch: dict, mesh: Mesh, sharding_of=batched) -> dict:
   """Shard a batch over the devices; every process must hold the whole batch."""
   return {
     name: jax.make_array_from_callback(
-      x.shape, batched(mesh, x.shape), x.__getitem__
+      x.shape, sharding_of(mesh, x.shape), x.__getitem__
     )
     for name, x in batch.items()
   }

@@ -1,5 +1,7 @@
 """Training steps: micro-batches are exact, non-finite steps change nothing."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,16 +54,35 @@ def _step(mesh_of=1, task=None, **settings):
   )
 
 
-def _run(poisons, **settings):
+def _run(poisons, mesh_of=1, **settings):
   """Run one step per poison value; returns (state, [metrics])."""
-  task, step = _step(**settings)
+  task, step = _step(mesh_of, **settings)
   state, measured = step.init(), []
   for n, poison in enumerate(poisons):
-    batch = step.place(task.batch(n, poison))
-    program = step.compile(batch).result()
-    state, values = step.run(program, state, batch, n)
-    measured.append(jax.tree.map(np.asarray, values))
+    batches = step.stack([task.batch(n, poison)])
+    program = step.compile(batches).result()
+    state, values = step.run(program, state, batches, n)
+    measured.append({name: np.asarray(x)[0] for name, x in values.items()})
   return state, measured
+
+
+@pytest.mark.parametrize('devices', [1, 2])
+def test_steps_of_one_call_match_steps_on_their_own(devices):
+  poisons = [1.0, np.nan, 1.0, 1.0]
+  expected, alone = _run(poisons, mesh_of=devices)
+  task, step = _step(mesh_of=devices, steps_per_call=3)
+  batches = [task.batch(n, poison) for n, poison in enumerate(poisons)]
+  state, measured = step.init(), []
+  for first, count in ((0, 1), (1, 3)):
+    stacked = step.stack(batches[first : first + count])
+    program = step.compile(stacked).result()
+    state, values = step.run(program, state, stacked, first, count)
+    rows = jax.tree.map(np.asarray, values)
+    measured += [{k: x[i] for k, x in rows.items()} for i in range(count)]
+  near = functools.partial(np.testing.assert_allclose, rtol=1e-6)
+  jax.tree.map(near, state, expected)
+  jax.tree.map(near, measured, alone)
+  assert len(step._programs) == 1
 
 
 @pytest.mark.parametrize('parts', [2, 3, 6])
@@ -77,9 +98,9 @@ def test_microbatches_match_the_whole_batch(parts, assert_close):
 def test_a_fully_masked_batch_has_zero_loss_and_gradients():
   task, step = _step()
   batch = task.batch(0) | {'mask': np.zeros(12, bool)}
-  batch = step.place(batch)
-  program = step.compile(batch).result()
-  state, values = step.run(program, step.init(), batch, 0)
+  batches = step.stack([batch])
+  program = step.compile(batches).result()
+  state, values = step.run(program, step.init(), batches, 0)
   assert values['train/loss'] == values['train/grad_norm'] == 0
   assert np.isfinite(state['params']['line']['w']).all()
 
@@ -165,15 +186,20 @@ def test_the_watch_warns_and_then_raises_with_the_parameter_name():
   warnings = []
   params = {'gpt/line': {'b': 0, 'w': 0}}
   watch = nonfinite.Watch(params, 3, warnings.append)
-  watch.note(np.array([0, 0, 0, -1]))
-  watch.note(np.array([1, 1, 7, 1]))
+  watch.note(np.array([[0, 0, 0, -1]]))
+  watch.note(np.array([[1, 1, 7, 1]]))
   assert not warnings
-  watch.note(np.array([2, 2, 7, 1]))
+  watch.note(np.array([[2, 2, 7, 1]]))
   assert warnings == [
     'warning: the gradient of gpt/line/w is not finite at step 7; step skipped '
     '(1 in a row, 1 in total)'
   ]
-  watch.note(np.array([3, 3, 7, 1]))
+  watch.note(np.array([[3, 3, 7, 1]]))
+  again = nonfinite.Watch(params, 3, warnings.append)
+  rows = np.array([[1, 1, 7, 1], [2, 2, 7, 1], [3, 3, 7, 1]])
+  again.note(rows, 2)
+  again.flush()
+  assert len(warnings) == 4
   with pytest.raises(
     nonfinite.NotFinite,
     match='of gpt/line/w has not been finite for 3 .* starting at step 7;',

@@ -51,10 +51,10 @@ if rank:
 def train(step, state, span):
   losses = []
   for n in span:
-    batch = step.place(task.batch(n))
-    program = step.compile(batch).result()
-    state, values = step.run(program, state, batch, n)
-    losses.append(float(values['train/loss']))
+    batches = step.stack([task.batch(n)])
+    program = step.compile(batches).result()
+    state, values = step.run(program, state, batches, n)
+    losses.append(np.asarray(values['train/loss'])[0].item())
   return losses, state
 
 results, before = {}, None
