@@ -245,6 +245,15 @@ inline const std::vector<Block>& blocks_of(const Chunk& chunk) {
   return blocks;
 }
 
+// The first and the last key that any block may attend to.
+inline std::pair<int64_t, int64_t> keys_of(const std::vector<Block>& blocks,
+                                           int64_t keys) {
+  int64_t low = keys, high = -1;
+  for (const Block& block : blocks)
+    low = std::min(low, block.low), high = std::max(high, block.high);
+  return {low, high};
+}
+
 template <typename T>
 void forward(const Chunk& chunk, void* output, float* tops, float* log_totals) {
   const Call& call = chunk.call;
@@ -264,20 +273,21 @@ void forward(const Chunk& chunk, void* output, float* tops, float* log_totals) {
   std::fill(top, top + most, kLeast);
   std::memset(totals, 0, 4 * lines * kLanes);
   const auto& blocks = blocks_of(chunk);
-  int64_t low = call.keys, high = -1;
-  for (const Block& block : blocks)
-    low = std::min(low, block.low), high = std::max(high, block.high);
+  const auto [low, high] = keys_of(blocks, call.keys);
 
   for (int64_t key = low / kKeys * kKeys; key <= high; key += kKeys) {
-    int64_t count = std::min(kKeys, call.keys - key), width = padded(count);
+    int64_t packed = std::min(kKeys, call.keys - key);
     bool is_packed = false;
     Matrix keys, values;
     for (const Block& block : blocks) {
-      if (block.low >= key + count || block.high < key) continue;
+      if (block.low >= key + packed || block.high < key) continue;
+      // Causal blocks leave out the keys after their last query.
+      int64_t count = std::min(packed, block.high + 1 - key);
+      int64_t width = padded(count);
       if (is_masked(chunk, block, key, count)) continue;
       if (!is_packed) {
-        Keys<T> k(chunk, call.key, key, count, call.key_size, true);
-        Keys<T> v(chunk, call.value, key, count, call.value_size, false);
+        Keys<T> k(chunk, call.key, key, packed, call.key_size, true);
+        Keys<T> v(chunk, call.value, key, packed, call.value_size, false);
         keys = call.is_cache ? k.columns_in_place(packed_keys)
                              : k.columns(packed_keys);
         values = call.is_cache ? v.rows_in_place(packed_values)
@@ -369,24 +379,25 @@ void backward(const Chunk& chunk, const Gradients& gradients) {
     gradients.deltas[at] = deltas[n] = total;
   }
   const auto& blocks = blocks_of(chunk);
-  int64_t low = call.keys, high = -1;
-  for (const Block& block : blocks)
-    low = std::min(low, block.low), high = std::max(high, block.high);
+  const auto [low, high] = keys_of(blocks, call.keys);
 
   for (int64_t key = low / kKeys * kKeys; key <= high; key += kKeys) {
-    int64_t count = std::min(kKeys, call.keys - key), width = padded(count);
+    int64_t packed = std::min(kKeys, call.keys - key);
     bool is_packed = false;
     for (const Block& block : blocks) {
-      if (block.low >= key + count || block.high < key) continue;
+      if (block.low >= key + packed || block.high < key) continue;
+      // Causal blocks leave out the keys after their last query.
+      int64_t count = std::min(packed, block.high + 1 - key);
+      int64_t width = padded(count);
       if (is_masked(chunk, block, key, count)) continue;
       if (!is_packed) {
-        Keys<T> k(chunk, call.key, key, count, call.key_size, true);
-        Keys<T> v(chunk, call.value, key, count, call.value_size, false);
+        Keys<T> k(chunk, call.key, key, packed, call.key_size, true);
+        Keys<T> v(chunk, call.value, key, packed, call.value_size, false);
         k.columns(keys_t);
         k.rows(keys);
         v.columns(values_t);
-        std::memset(d_keys, 0, 4 * count * d);
-        std::memset(d_values, 0, 4 * count * e);
+        std::memset(d_keys, 0, 4 * packed * d);
+        std::memset(d_values, 0, 4 * packed * e);
         is_packed = true;
       }
       const float* q = queries + block.first * d;
@@ -443,7 +454,7 @@ void backward(const Chunk& chunk, const Gradients& gradients) {
     if (!is_packed) continue;
     // The packed queries are scaled already, and in base 2.
     float factor = call.logit_cap > 0 ? call.scale : 1 / kLog2E;
-    for (int64_t j = 0; j < count; ++j) {
+    for (int64_t j = 0; j < packed; ++j) {
       int64_t at = (chunk.row * call.keys + key + j) * call.groups + chunk.group;
       float* d_k = gradients.d_key + at * call.key_size;
       float* d_v = gradients.d_value + at * call.value_size;
