@@ -173,6 +173,6 @@ const Kernels& kernels();  // of the best instruction set that this machine has
 constexpr int64_t kQueries = 48;  // in a block
 constexpr int64_t kKeys = 64;
 constexpr int64_t kAhead = 16;  // rows that are asked for in advance
-constexpr int64_t kChunk = 480;  // queries that share a packed block of keys
+constexpr int64_t kChunk = 512;  // queries that share a packed block of keys
 // Pairs of queries and keys below which other threads would come too late.
 constexpr int64_t kSmall = 1 << 14;
