@@ -8,6 +8,7 @@ import time
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 from attention import __main__ as cli
@@ -159,11 +160,28 @@ def test_weight_decay_applies_to_matrices_only():
   )
   params = {'w': np.ones((2, 2), 'f'), 'b': np.ones(2, 'f')}
   zeros = jax.tree.map(np.zeros_like, params)
-  updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+  updates, _ = optimizer.update(
+    zeros, optimizer.init(params), params, grad_norm=0.0
+  )
   np.testing.assert_allclose(updates['w'], -0.05 * 0.5, rtol=1e-6)
   assert not updates['b'].any()
   rates = [float(schedule(n)) for n in (1, 2, 10)]
   np.testing.assert_allclose(rates, [0.05, 0.1, 0.01], rtol=1e-6)
+
+
+@pytest.mark.parametrize('scale', [0.1, 10.0])
+def test_gradients_are_clipped_as_by_optax(scale, assert_close):
+  params = {'w': np.ones((2, 2), 'f')}
+  grads = {'w': np.array([[1, 2], [3, 4]], 'f') * scale}
+  expected, _ = optax.clip_by_global_norm(2.0).update(grads, None)
+  optimizer, _ = optimizers.adamw(
+    steps=10, learning_rate=0.1, b1=0.5, clip_norm=2.0
+  )
+  norm = optax.tree.norm(grads)
+  _, state = optimizer.update(
+    grads, optimizer.init(params), params, grad_norm=norm
+  )
+  assert_close(2 * optax.tree.get(state, 'mu')['w'], expected['w'])
 
 
 def _wait(condition, process, seconds=120):

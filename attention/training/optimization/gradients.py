@@ -36,7 +36,8 @@ def make(task, mesh, num_microbatches: int = 1):
       return loss * scale, (loss, count)
 
     grads, (loss, count) = jax.grad(mean, has_aux=True)(trained)
-    return count, count * loss, jax.tree.map(lambda g: g * count / scale, grads)
+    factor = count / scale
+    return count, count * loss, jax.tree.map(lambda g: g * factor, grads)
 
   def accumulate(params, rng, batch, scale):
     if num_microbatches == 1:
@@ -63,8 +64,8 @@ def make(task, mesh, num_microbatches: int = 1):
 
   def gradients(params, rng, batch, scale=1.0):
     count, loss, grads = accumulate(params, rng, batch, scale)
-    count = jnp.maximum(count, 1)
-    return loss / count, jax.tree.map(lambda g: g / count, grads)
+    share = 1 / jnp.maximum(count, 1)
+    return loss * share, jax.tree.map(lambda g: g * share, grads)
 
   return gradients
 

@@ -3,6 +3,7 @@
 import math
 
 import jax
+import jax.numpy as jnp
 import optax
 
 
@@ -32,8 +33,8 @@ def adamw(
     clip_norm: maximum global norm of the gradients.
 
   Returns:
-    The gradient transformation, and the learning rate as a function of the
-    step.
+    The gradient transformation, whose `update` takes the gradients' global norm
+    as `grad_norm`, and the learning rate as a function of the step.
 
   Raises:
     ValueError: an argument is out of range.
@@ -58,7 +59,7 @@ def adamw(
     end_value=learning_rate * final_fraction,
   )
   transformation = optax.chain(
-    optax.clip_by_global_norm(clip_norm),
+    _clip(clip_norm),
     optax.adamw(
       # Steps count from 1: at step 0 the learning rate would be 0.
       lambda count: schedule(count + 1),
@@ -69,3 +70,16 @@ def adamw(
     ),
   )
   return transformation, schedule
+
+
+def _clip(max_norm):
+  """Scale gradients above a global norm down to it.
+
+  Optax's own would compute the norm, which the step needs too, once more.
+  """
+
+  def update(grads, state, params=None, *, grad_norm, **_):
+    factor = jnp.minimum(1, jnp.divide(max_norm, grad_norm))
+    return jax.tree.map(lambda g: factor * g, grads), state
+
+  return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)

@@ -164,6 +164,7 @@ def make(task, optimizer, schedule, seed: int, mesh, num_microbatches: int = 1):
   the trained parameters, see `gradients.partition`.
   """
   compute = gradients.make(task, mesh, num_microbatches)
+  optimizer = optax.with_extra_args_support(optimizer)
 
   def train_step(state, batch, step):
     rng = jax.random.fold_in(jax.random.key(seed), step + 1)
@@ -183,7 +184,7 @@ def make(task, optimizer, schedule, seed: int, mesh, num_microbatches: int = 1):
 
     def update(old):
       updates, opt_state = optimizer.update(
-        grads, old['optimizer'], old['params']
+        grads, old['optimizer'], old['params'], grad_norm=grad_norm
       )
       params = optax.apply_updates(old['params'], updates)
       return {'params': params, 'optimizer': opt_state}
