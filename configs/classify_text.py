@@ -85,6 +85,7 @@ def _default():
         'log_every': 100,
         'eval_every': 100,
         'checkpoint_every': 100,
+        'steps_per_call': 20,
       },
     }
   )

@@ -71,6 +71,7 @@ def _default():
         'log_every': 100,
         'eval_every': 500,
         'checkpoint_every': 500,
+        'steps_per_call': 20,
       },
     }
   )

@@ -74,6 +74,7 @@ def _default():
         'log_every': 100,
         'eval_every': 250,
         'checkpoint_every': 500,
+        'steps_per_call': 20,
       },
     }
   )
