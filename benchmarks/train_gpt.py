@@ -1,6 +1,6 @@
 """Compare training steps of a small GPT to PyTorch, on the CPU.
 
-  python benchmarks/train_gpt.py [--rounds=15] [--config=configs/gpt_char.py]
+  python benchmarks/train_gpt.py [--rounds=9] [--config=configs/gpt_char.py]
 
 Both sides use the same sizes, the same batches, AdamW with the same schedule,
 and clipping by global norm. Ours is in float32, and with the products of layers
@@ -192,9 +192,9 @@ def main():
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument('--rounds', type=int, default=15)
+  parser.add_argument('--rounds', type=int, default=9)
   parser.add_argument(
-    '--steps', type=int, default=20, help='per round and peer'
+    '--steps', type=int, default=50, help='per round and peer'
   )
   parser.add_argument('--config', default='configs/gpt_char.py')
   parser.add_argument(

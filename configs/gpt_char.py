@@ -136,7 +136,7 @@ def _default():
         'log_every': 100,
         'eval_every': 500,
         'checkpoint_every': 500,
-        'steps_per_call': 20,
+        'steps_per_call': 50,
       },
     }
   )
