@@ -9,6 +9,7 @@ import shutil
 import threading
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
@@ -93,20 +94,17 @@ class Checkpoints:
       return
     self.wait()
     part = self._directory / f'{step}.part'
-    try:
-      if self._is_writer and jax.process_count() == 1:
-        self._check_room(state)
-      self._checkpointer.save(
-        part,
-        args=ocp.args.Composite(
-          **{name: ocp.args.PyTreeSave(tree) for name, tree in state.items()}
-        ),
-      )
-    except _FAILURES as error:
-      self._give_up(part, step, error)
-      return
+    if jax.process_count() == 1:
+      state = _copy_to_host(state)
+    else:  # processes write parts of arrays, and have to begin together
+      try:
+        self._begin(part, state)
+      except _FAILURES as error:
+        self._give_up(part, step, error)
+        return
+      state = None
     self._saving = threading.Thread(
-      target=self._finish, args=(part, step, values or {})
+      target=self._write, args=(part, step, state, values or {})
     )
     self._saving.start()
 
@@ -188,8 +186,20 @@ class Checkpoints:
         errno.ENOSPC, f'{size:,} bytes needed, {free:,} free', str(probe.parent)
       )
 
-  def _finish(self, part, step, values):
+  def _begin(self, part, state):
+    self._checkpointer.save(
+      part,
+      args=ocp.args.Composite(
+        **{name: ocp.args.PyTreeSave(tree) for name, tree in state.items()}
+      ),
+    )
+
+  def _write(self, part, step, state, values):
+    """Write a state on the host, or wait for what `_begin` has begun."""
     try:
+      if state is not None:
+        self._check_room(state)
+        self._begin(part, state)
       self._checkpointer.wait_until_finished()
       if self._is_writer:
         digests.write(part, {'step': step, 'values': values})
@@ -245,12 +255,20 @@ def _handlers():
   )
   handler = ocp.PyTreeCheckpointHandler(
     type_handler_registry=ocp.type_handlers.create_type_handler_registry(
-      (jax.Array, arrays)
+      (jax.Array, arrays), (np.ndarray, ocp.type_handlers.NumpyHandler())
     )
   )
   registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
   registry.add(None, ocp.args.PyTreeSave, handler)
   return registry
+
+
+def _copy_to_host(state):
+  """Copy a state, whose arrays the next step donates."""
+  state = jax.device_get(state)
+  # On CPUs, these may be views of the arrays themselves.
+  is_view = jax.default_backend() == 'cpu'
+  return jax.tree.map(np.array, state) if is_view else state
 
 
 def newest_params(workdir: pathlib.Path, shapes) -> tuple[int, dict]:
