@@ -71,6 +71,7 @@ class Training:
       ValueError: as `Step.create`.
     """
     settings = TrainingConfig.create(config.training.to_dict())
+    # One step, whose kernels and memory are reported.
     self.settings = dataclasses.replace(settings, steps_per_call=1)
     self.batch = task.batch(0)
     if self.settings.deterministic and target.options:  # GPUs have options
