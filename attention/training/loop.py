@@ -152,6 +152,13 @@ class _Run:
       )
       return
     self.checkpoints.wait()
+    if self.checkpoints.saved != done:
+      self.report.print(
+        f'finished, but step {done:,} was not saved; once there is room on the '
+        'disk, run the same command again, which repeats the steps since the '
+        f'last checkpoint: {self.command}'
+      )
+      return
     self.report.print(
       f'finished: see {self.workdir}/checkpoints/{done} and '
       f'{self.workdir}/plots; to use the model: python -m attention '

@@ -141,7 +141,7 @@ def test_a_stopped_run_ends_like_an_uninterrupted_one(train, tmp_path, moment):
 @pytest.mark.slow
 def test_twenty_kills_change_no_byte(train, tmp_path):
   # Evaluations take most of the time, so evaluate only once, at the end.
-  words, steps = ['--config.training.eval_every=8000'], 8_000
+  words, steps = ['--config.training.eval_every=16000'], 16_000
   _finish(train('whole', *words, steps=steps))
   chance, kills, attempts = random.Random(0), 0, 0
   workdir = tmp_path / 'killed'
@@ -176,6 +176,7 @@ def test_training_continues_with_a_warning_on_a_full_disk(
   assert process.returncode == 0, error
   assert 'step 210/210' in output
   assert 'could not be written' in output
+  assert 'finished, but step 210 was not saved' in output
   assert 'Traceback' not in error
   step, _ = _state(workdir)
   assert 70 <= step < 210

@@ -61,7 +61,7 @@ class Checkpoints:
       ocp.CompositeCheckpointHandler(handler_registry=_handlers())
     )
     self._saving: threading.Thread | None = None
-    self._saved: int | None = None
+    self.saved: int | None = None  # the newest step that is on disk
     if self._is_writer:
       self._remove_unfinished()
 
@@ -76,7 +76,7 @@ class Checkpoints:
       step = -1 if step is None else step
       step = int(multihost_utils.broadcast_one_to_all(step))
       step = None if step < 0 else step
-    self._saved = step
+    self.saved = step
     return step
 
   def save(self, step: int, state: dict, values: dict | None = None) -> None:
@@ -90,7 +90,7 @@ class Checkpoints:
       values: metrics of this step; the lowest 'eval/loss' marks the best
         checkpoint.
     """
-    if step == self._saved:
+    if step == self.saved:
       return
     self.wait()
     part = self._directory / f'{step}.part'
@@ -205,14 +205,14 @@ class Checkpoints:
         digests.write(part, {'step': step, 'values': values})
         part.rename(self._directory / str(step))
         self._remove_old()
-      self._saved = step
+      self.saved = step
     except _FAILURES as error:
       self._give_up(part, step, error)
 
   def _give_up(self, part, step, error):
     if self._is_writer:
       self._remove_unfinished()
-    last = 'none' if self._saved is None else f'{self._saved:,}'
+    last = 'none' if self.saved is None else f'{self.saved:,}'
     reason = ' '.join(str(error).split())[:200]
     self._warn(
       f'warning: checkpoint {step:,} could not be written ({reason}); '
