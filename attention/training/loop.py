@@ -1,6 +1,7 @@
 """The training loop, shared by all tasks."""
 
 import contextlib
+import dataclasses
 import functools
 import math
 import pathlib
@@ -68,6 +69,9 @@ def prepare(
     OSError: as `train`.
   """
   settings = TrainingConfig.create(config.training.to_dict())
+  if jax.process_count() > 1:
+    # A lost process is noticed after the call; JAX aborts not much later.
+    settings = dataclasses.replace(settings, steps_per_call=1)
   task = tasks.create(config, run_files.data_to_resume(workdir, config))
   step = Step.create(config, settings, task)
   memory.check_fits(step.like, step.mesh)
