@@ -23,7 +23,7 @@ class StopSignals:
 
   def __init__(self):
     self._caught = 0
-    self._agreed = self._polled = 0
+    self._agreed = 0
     self._before = {}
 
   def __enter__(self):
@@ -44,8 +44,7 @@ class StopSignals:
 
   def poll(self, step: int) -> str | None:
     """Exchange signals and return `name`. All processes must call this."""
-    if jax.process_count() > 1 and step - self._polled >= _POLLED_EVERY:
-      self._polled = step
+    if jax.process_count() > 1 and step % _POLLED_EVERY == 0:
       caught = multihost_utils.process_allgather(np.int32(self._caught))
       self._agreed = int(caught.max())
     return self.name

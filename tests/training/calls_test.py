@@ -1,3 +1,5 @@
+"""Calls end where something follows a step, and keep to one shape."""
+
 import numpy as np
 import pytest
 

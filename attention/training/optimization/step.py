@@ -211,7 +211,7 @@ def repeated(step, limit: int, mesh):
   """Make (state, batches, first, count) -> (state, metrics) of several steps.
 
   The steps run in a loop on the devices. A call thus starts one program and
-  allocates its temporaries once, which takes a tenth of a small step on CPU.
+  allocates its temporaries once, which small steps on CPUs notice.
 
   Args:
     step: a function (state, batch, step) -> (state, metrics).
