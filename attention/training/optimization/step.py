@@ -116,8 +116,12 @@ class Step:
 
   def lower(self, batches: dict):
     """Lower calls with stacked batches of this shape."""
+    # With the mesh in its type, as in the loop, steps are traced only once.
+    number = jax.ShapeDtypeStruct(
+      (), np.int32, sharding=sharding.replicated(self.mesh)
+    )
     with sharding.tracing_for(self.mesh):
-      return self._call.lower(self.like, batches, np.int32(0), np.int32(1))
+      return self._call.lower(self.like, batches, number, number)
 
   def run(self, program, state: dict, batches: dict, first: int, count=1):
     """Run steps of a compiled call.

@@ -84,6 +84,15 @@ def test_steps_of_one_call_match_steps_on_their_own():
   assert len(step._programs) == 1
 
 
+def test_steps_of_one_call_are_traced_once(monkeypatch):
+  task, traces = _Regression(), []
+  loss = task.loss
+  monkeypatch.setattr(task, 'loss', lambda *x: traces.append(1) or loss(*x))
+  _, step = _step(task=task, steps_per_call=3)
+  step.lower(step.stack([task.batch(0)]))
+  assert len(traces) == 1
+
+
 @pytest.mark.parametrize('parts', [2, 3, 6])
 def test_microbatches_match_the_whole_batch(parts, assert_close):
   whole, measured = _run([1.0] * 4)
