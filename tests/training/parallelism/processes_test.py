@@ -101,8 +101,12 @@ def test_a_killed_process_ends_the_other_with_an_error(
   seconds = time.monotonic() - began
   print(f'ended after {seconds:.1f} s')
   assert seconds < 60
-  assert processes[1 - killed].returncode == 1
-  assert 'error: another process of this run has ended' in error
+  status = processes[1 - killed].returncode
+  if killed == 0 and status == -signal.SIGABRT:  # JAX lost its service first
+    assert 'another task died' in error
+  else:
+    assert status == 1
+    assert 'error: another process of this run has ended' in error
 
 
 @pytest.mark.slow
