@@ -1,17 +1,19 @@
 """Print versions, devices and the implementations attention dispatches to."""
 
-import pathlib
+import statistics
+import time
 
 import jax
 import jax.numpy as jnp
 
 import attention
-from attention.ops import cpu_kernels
+from attention.ops import cpu_kernels, products
 from attention.ops.platforms import PLATFORMS
+from attention.training.optimization import precision
 from attention.training.workdir import run_files
 
-_CPU_INFO = pathlib.Path('/proc/cpuinfo')
-_BFLOAT16_FLAGS = ('amx_bf16', 'avx512_bf16')
+_BFLOAT16 = 'products=bfloat16'
+_ROUNDS = 9
 
 
 def add_flags(parser) -> None:
@@ -50,13 +52,31 @@ def kernels() -> str:
 
 
 def bfloat16_products() -> str:
-  """Say whether the processor has instructions for products of bfloat16."""
-  info = _CPU_INFO.read_text() if _CPU_INFO.exists() else ''
-  lists = [line for line in info.splitlines() if line.startswith('flags')]
-  if not lists:  # not Linux, or another kind of processor
-    return 'unknown for this processor'
-  found = [flag for flag in _BFLOAT16_FLAGS if flag in lists[0].split()]
-  if not found:
-    return 'no: this processor has none of ' + ', '.join(_BFLOAT16_FLAGS)
-  flag = '--config.training.precision=products=bfloat16'
-  return f'yes ({", ".join(found)}): {flag}'
+  """Say how fast products of bfloat16 operands are, and whether to use them."""
+  speed = measure_bfloat16_products()
+  advice = 'keep float32'
+  if speed > 1.1:
+    advice = f'--config.training.precision={_BFLOAT16}'
+  return f'{speed:.2g} × the speed of float32: {advice}'
+
+
+def measure_bfloat16_products() -> float:
+  """Measure the speed of a training step's products, relative to float32."""
+  x, weights = jnp.ones((1024, 256)), jnp.ones((256, 1024))
+
+  def loss(x, weights):
+    return jnp.square(products.dot(x, weights)).sum()
+
+  programs = {}
+  for policy in ('', _BFLOAT16):
+    with precision.applied(policy):
+      lowered = jax.jit(jax.grad(loss, (0, 1))).lower(x, weights)
+    programs[policy] = precision.compile(lowered, policy, 'cpu')
+  seconds = {policy: [] for policy in programs}
+  for _ in range(_ROUNDS):
+    for policy, program in programs.items():
+      start = time.perf_counter()
+      jax.block_until_ready(program(x, weights))
+      seconds[policy].append(time.perf_counter() - start)
+  medians = {policy: statistics.median(s) for policy, s in seconds.items()}
+  return medians[''] / medians[_BFLOAT16]

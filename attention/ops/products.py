@@ -4,8 +4,8 @@ Inside `operands_in(jnp.bfloat16)`, both operands of a product are rounded to
 bfloat16 and its sums are accumulated in float32. The gradients are products of
 the same kind. Everything between the products stays in float32.
 
-Processors with bfloat16 instructions compute these products at a multiple of
-the speed of float32 ones. XLA's CPU backend ignores
+Some processors compute these products at a multiple of the speed of float32
+ones. XLA's CPU backend ignores
 `jax.default_matmul_precision`, so the operands are converted here.
 """
 

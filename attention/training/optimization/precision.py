@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 
 import haiku as hk
+import jax
 import jax.numpy as jnp
 import jmp
 
@@ -84,14 +85,22 @@ def applied(text: str):
     yield
 
 
-def compiler_options(text: str, mesh) -> dict:
-  """Return XLA's options for steps with this policy on this mesh.
+def compile(lowered, text: str, platform: str):
+  """Compile a lowered program with the options for this policy."""
+  try:
+    return lowered.compile(compiler_options=compiler_options(text, platform))
+  except jax.errors.JaxRuntimeError:  # a version of XLA without the options
+    return lowered.compile()
+
+
+def compiler_options(text: str, platform: str) -> dict:
+  """Return XLA's options for programs with this policy on this platform.
 
   On CPUs, XLA gives products and sums to YNN by default. In float32, its
   products are slower than Eigen's, which take their place when YNN is left the
   sums.
   """
-  if text or mesh.devices.flat[0].platform != 'cpu':
+  if text or platform != 'cpu':
     return {}
   return {'xla_cpu_experimental_ynn_fusion_type': 'LIBRARY_FUSION_TYPE_REDUCE'}
 

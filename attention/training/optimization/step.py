@@ -40,7 +40,7 @@ class Step:
       donate_argnums=0,
       out_shardings=(shardings, sharding.replicated(mesh)),
     )
-    self._options = precision.compiler_options(settings.precision, mesh)
+    self._precision = settings.precision
     # Compile outside the main thread, which must stay free to handle signals.
     self._compiler = futures.ThreadPoolExecutor(2)
     self._programs = {}
@@ -109,10 +109,8 @@ class Step:
     return self._programs[key]
 
   def _compile(self, lowered):
-    try:
-      return lowered.compile(compiler_options=self._options)
-    except jax.errors.JaxRuntimeError:  # a version of XLA without the options
-      return lowered.compile()
+    platform = self.mesh.devices.flat[0].platform
+    return precision.compile(lowered, self._precision, platform)
 
   def lower(self, batches: dict):
     """Lower calls with stacked batches of this shape."""
