@@ -19,9 +19,10 @@ _MESHES = {
   'data 4 × context 2': dict(data=4, context=2),
   'data 2 × tensor 2 × context 2': dict(data=2, tensor=2, context=2),
 }
-# Trains on each mesh, and resumes from the previous mesh's checkpoint.
+# Trains on each mesh, and resumes from the previous mesh's checkpoint. Meshes
+# of several devices take half of their steps in one call, one device none.
 _TRAIN = """
-import contextlib, json, pathlib, sys
+import contextlib, dataclasses, json, pathlib, sys
 import jax
 import numpy as np
 jax.config.update('jax_num_cpu_devices', 8)
@@ -48,34 +49,37 @@ task = tasks.create(config)
 if rank:
   task.is_trained = lora.is_adapter
 
-def train(step, state, span):
+def train(step, state, span, size):
   losses = []
-  for n in span:
-    batches = step.stack([task.batch(n)])
-    program = step.compile(batches).result()
-    state, values = step.run(program, state, batches, n)
-    losses.append(np.asarray(values['train/loss'])[0].item())
+  for n in span[::size]:
+    batches = [task.batch(i) for i in span if n <= i < n + size]
+    stacked = step.stack(batches)
+    program = step.compile(stacked).result()
+    state, values = step.run(program, state, stacked, n, len(batches))
+    losses += np.asarray(values['train/loss'])[:len(batches)].tolist()
   return losses, state
 
 results, before = {}, None
 for name, axes in meshes.items():
   mesh = sharding.make_mesh(task.batch_size, **axes)
-  step = Step(task, optimizer, schedule, 0, mesh, settings)
   half = steps // 2
-  first, state = train(step, step.init(), range(half))
+  size = 1 if name == 'one' else half
+  settings = dataclasses.replace(settings, steps_per_call=size)
+  step = Step(task, optimizer, schedule, 0, mesh, settings)
+  first, state = train(step, step.init(), range(half), 1)
   leaves = jax.tree.leaves(state)
   held = sum(x.addressable_shards[0].data.nbytes for x in leaves)
   whole = sum(x.nbytes for x in leaves)
   checkpoints = Checkpoints(pathlib.Path(workdir) / name, 1)
   with contextlib.closing(checkpoints):
     checkpoints.save(half, state)
-  second, _ = train(step, state, range(half, steps))
+  second, _ = train(step, state, range(half, steps), size)
   results[name] = {'losses': first + second, 'held': held / whole}
   if before:
     checkpoints = Checkpoints(pathlib.Path(workdir) / before)
     with contextlib.closing(checkpoints):
       state = checkpoints.restore(half, step.like)
-    results[name]['moved'] = train(step, state, range(half, steps))[0]
+    results[name]['moved'] = train(step, state, range(half, steps), 1)[0]
   before = name
 print(json.dumps(results))
 """
