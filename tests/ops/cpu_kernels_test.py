@@ -4,6 +4,7 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -64,6 +65,33 @@ def test_each_instruction_set_matches_the_reference(asked, monkeypatch):
   if used != asked:
     pytest.skip(f'this processor has no {asked}')
   assert float(error) < 2e-5
+
+
+@pytest.mark.parametrize('heads', [(8, 2, 1), (4, 4, 1), (4, 2, 4)])
+def test_heads_that_share_a_bias_add_to_its_gradient_in_turn(heads):
+  if reason := cpu_kernels.reason():
+    pytest.skip(reason)
+  num_heads, num_key_heads, bias_heads = heads
+  normal = np.random.default_rng(0).normal
+  query = normal(size=(1, 600, num_heads, 8)).astype('f')
+  key, value = normal(size=(2, 1, 600, num_key_heads, 8)).astype('f')
+  bias = normal(size=(bias_heads, 600, 600)).astype('f')
+
+  def gradient(implementation):
+    def total(bias):
+      y = attention.dot_product_attention(
+        query, key, value, bias=bias, implementation=implementation
+      )
+      return jnp.square(y).sum()
+
+    return jax.jit(jax.grad(total))
+
+  fused = gradient('fused')
+  first = fused(bias)
+  expected = gradient('reference')(bias)
+  np.testing.assert_allclose(first, expected, rtol=1e-4, atol=1e-4)
+  for _ in range(5):
+    np.testing.assert_array_equal(fused(bias), first)
 
 
 @pytest.fixture

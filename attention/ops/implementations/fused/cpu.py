@@ -195,10 +195,13 @@ def _parts(shape, bias, operand):
   if bias is not None:
     sizes = operand.array.shape
     is_array = isinstance(operand, operands.PerRow)
+    # Query heads of one key head are in different splits.
+    heads_share = sizes[-3 if is_array else 0] == 1
     may_split = is_array and sizes[2] > 1
+    may_split = may_split and not (heads_share and shape.shared > 1)
     sharing = operand.sharing if is_array else shape.rows
     rows //= sharing
-    heads = 1 if sizes[-3 if is_array else 0] == 1 else heads
+    heads = 1 if heads_share else heads
   shares = min(sharing, -(-wanted // (rows * heads)))
   lines = shape.num_query * shape.shared
   splits = min(lines // _SPLIT, -(-wanted // (rows * heads * shares)))
