@@ -75,21 +75,22 @@ def prepare(
   task = tasks.create(config, run_files.data_to_resume(workdir, config))
   step = Step.create(config, settings, task)
   memory.check_fits(step.like, step.mesh)
-  note = run_files.check(workdir, config, task.record())
+  run_files.check(workdir, config, task.record())
 
   def record():
     if processes.is_first():
       run_files.write(workdir, config, task.record())
-    return note
 
   def run():
     with contextlib.ExitStack() as stack:
       if processes.is_first():
         stack.enter_context(lock.held(workdir))
+      # Again, as another run may have used the workdir in the meantime.
+      note = run_files.check(workdir, config, task.record())
       stack.enter_context(precision.applied(settings.precision))
       with processes.exit_if_peer_lost():
         active = _Run(settings, workdir, task, step, command, profile, stack)
-        active(record)
+        active(record, note)
 
   return run
 
@@ -113,18 +114,22 @@ class _Run:
     self.checkpoints = open_(
       Checkpoints(workdir / 'checkpoints', settings.num_kept, self.report.print)
     )
-    self.start = self.checkpoints.latest_step() or 0
+    restored = self.checkpoints.latest_step()
+    self.start = restored or 0
     self.metrics = open_(
       Metrics(
-        workdir / 'metrics.jsonl', self.start, is_kept=processes.is_first()
+        workdir / 'metrics.jsonl',
+        # A run that starts anew has nothing to go on from.
+        -1 if restored is None else restored,
+        is_kept=processes.is_first(),
       )
     )
     self.trace = open_(Trace(workdir / 'profile', profile))
     self.calls = Calls(task, settings, profile or ())
     self._open = open_
 
-  def __call__(self, record):
-    """Train the remaining steps, if any, after calling `record()`."""
+  def __call__(self, record, note):
+    """Train the remaining steps, if any, after `record()` and the note."""
     _introduce(self.report, self.task, self.step)
     steps = self.settings.steps
     is_evaluated = self.metrics.has('eval/', self.start)
@@ -134,7 +139,8 @@ class _Run:
         f'--config.training.steps above that (now {steps:,})'
       )
       return
-    if note := record():
+    record()
+    if note:
       self.report.print(note)
     state = self._begin()
     done = self.start
@@ -192,7 +198,13 @@ class _Run:
 
   @property
   def _pretrained(self):
-    return getattr(self.task, 'pretrained', None)
+    try:
+      return getattr(self.task, 'pretrained', None)
+    except (ValueError, OSError) as error:
+      raise run_files.Unusable(
+        f'{self.workdir}: no intact checkpoint to resume from, and what the '
+        f'run started from cannot be read again: {error}'
+      ) from None
 
   def _train(self, state):
     """Train to the last step or until stopped; returns (steps done, state)."""

@@ -239,6 +239,14 @@ def test_a_workdir_without_a_checkpoint_accepts_another_config(
   assert 'no checkpoint of its previous config; starting afresh' in note
 
 
+def test_a_workdir_is_checked_again_under_its_lock(config, tmp_path):
+  settings = {'training.steps': 1}
+  run = loop.prepare(config(**settings, seed=7), tmp_path / 'run')
+  loop.train(config(**settings), tmp_path / 'run')
+  with pytest.raises(loop.run_files.Unusable, match='seed 0 → 7'):
+    run()
+
+
 def test_errors_name_a_damaged_config(config, run, tmp_path, capsys):
   (tmp_path / 'run').mkdir()
   (tmp_path / 'run' / 'config.json').write_text('{bad')

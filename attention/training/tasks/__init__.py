@@ -3,7 +3,8 @@
 Each task provides its batches, a loss and an evaluation. It also has three
 attributes for messages: `command`, the subcommand of python -m attention that
 uses its model, `loss_unit` and `example_name`. It may have `pretrained`:
-parameters to start from instead of those of `init`, all or some, or None;
+parameters to start from instead of those of `init`, all or some, or None, read
+when they are first needed, since a run that is resumed or used does not;
 `is_trained(module, name, value)`: which parameters are trained, or None for
 all; `is_per_token`: False if its matrices are not applied once per token; and
 `has_pairs`: True if the mesh axis 'pairs' divides its model.
@@ -32,7 +33,10 @@ def create(config, record: dict | None = None):
   """
   if not 0 <= config.seed < 2**32:
     raise ValueError(f'seed: expected 0 to {2**32 - 1}, got {config.seed}')
-  return _find(config).create(config, record)
+  task = _find(config).create(config, record)
+  if record is None:
+    getattr(task, 'pretrained', None)  # raises here if it cannot be read
+  return task
 
 
 def load(config, workdir: pathlib.Path):

@@ -1,6 +1,7 @@
 """Language modelling that starts from a trained model."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 
@@ -27,7 +28,7 @@ class Start:
   fields: dict  # of `GPT`
   vocabulary: Bytes | Characters | Subwords | None  # None: unknown
   params: dict | None  # in float32; None in a run that is resumed or used
-  origin: str  # where it was read
+  origin: str  # where it was read, and at which step
 
   @classmethod
   def read(cls, path: str) -> 'Start':
@@ -79,7 +80,7 @@ class Start:
 
   @classmethod
   def of_record(cls, record: dict) -> 'Start':
-    """Restore the model of a run from its data record."""
+    """Restore the model of a run from its data record, without parameters."""
     return cls(
       fields=record['model'],
       vocabulary=language.recorded(record['level'], record['vocabulary']),
@@ -122,11 +123,14 @@ class Finetune(Language):
   else is trained.
   """
 
-  def __init__(self, start: Start, model: dict, data, parts: int = 1):
+  def __init__(
+    self, start: Start, path: str, model: dict, data, parts: int = 1
+  ):
     """Create a task; `create` and `load` do so from a config.
 
     Args:
       start: the model to start from.
+      path: where `Start.read` finds it.
       model: fields of a GPT that replace those of `start`.
       data: as for `Language`, as are `parts`.
       parts: number of micro-batches per training batch.
@@ -137,12 +141,9 @@ class Finetune(Language):
       # Set in `model` for the whole model.
       fields['attention'].pop('implementation', None)
     super().__init__(start.vocabulary, fields, data, parts)
-    self._start = start
+    self._start, self._path = start, path
     has_updates = (fields.get('lora') or {}).get('rank')
     self.is_trained = lora.is_adapter if has_updates else None
-    self.pretrained = start.params
-    if self.pretrained is not None:
-      self._check()
 
   @classmethod
   def create(cls, config, record: dict | None = None) -> 'Finetune':
@@ -150,8 +151,8 @@ class Finetune(Language):
 
     Args:
       config: the run's config.
-      record: the data record of a run to resume or use; the model is then not
-        read again.
+      record: the data record of a run to resume or use; the model is then read
+        again only if the run has to start anew, see `pretrained`.
     """
     start = Start.of_record(record) if record else Start.read(config.init.path)
     fields = config.data.to_dict()
@@ -168,12 +169,13 @@ class Finetune(Language):
       seed=config.seed, vocabulary=start.vocabulary, **fields
     )
     parts = config.training.get('num_microbatches', 1)
-    return cls(start, config.model.to_dict(), data, parts)
+    return cls(start, config.init.path, config.model.to_dict(), data, parts)
 
   @classmethod
   def load(cls, config, record: dict) -> 'Finetune':
     """Create the task from a run's config and data record, without data."""
-    return cls(Start.of_record(record), config.model.to_dict(), None)
+    start = Start.of_record(record)
+    return cls(start, config.init.path, config.model.to_dict(), None)
 
   def record(self) -> dict:
     """Return what identifies the data and what using the model requires."""
@@ -187,15 +189,31 @@ class Finetune(Language):
   def describe(self) -> str:
     return f'{super().describe()}; model of {self._start.origin}'
 
-  def _check(self):
-    """Raise ValueError if the parameters are not those of the model."""
+  @functools.cached_property
+  def pretrained(self) -> dict:
+    """The parameters to start from, in float32.
+
+    Raises:
+      ValueError: they are not those of the model, or those that the run once
+        started from are not there any more.
+      OSError: a file cannot be read.
+    """
+    start = self._start
+    if start.params is None:
+      start = Start.read(self._path)
+      if start.origin != self._start.origin:
+        raise ValueError(
+          f'init.path: this run started from {self._start.origin}, but there '
+          f'is {start.origin}; choose another --workdir'
+        )
     expected, _ = hk.data_structures.partition(
       lambda *leaf: not lora.is_adapter(*leaf),
       jax.eval_shape(self.init, jax.random.key(0)),
     )
-    wrong = differences(_shapes(self.pretrained), _shapes(expected))
+    wrong = differences(_shapes(start.params), _shapes(expected))
     if wrong:
-      raise ValueError(f'model of {self._start.origin}: {"; ".join(wrong)}')
+      raise ValueError(f'model of {start.origin}: {"; ".join(wrong)}')
+    return start.params
 
 
 def _shapes(params):

@@ -54,11 +54,7 @@ class Msa:
       return model(msa.make_features(sample), is_training=is_training)
 
     self._model = hk.transform(forward)
-    # Without data, a trained model is used, and the file may be gone.
-    self.pretrained = None
-    if path and data is not None:
-      shapes = jax.eval_shape(self.init, jax.random.key(0))
-      self.pretrained = alphafold_npz.load_msa_params(path, shapes)
+    self._path = path
 
   @classmethod
   def create(cls, config, record: dict | None = None) -> 'Msa':
@@ -89,6 +85,19 @@ class Msa:
       f'{sampler.num_extra} rows of {sampler.num_res} columns, sha256 '
       f'{data.sha256[:8]}…'
     )
+
+  @functools.cached_property
+  def pretrained(self) -> dict | None:
+    """The parameters to start from, if the config names a file of them.
+
+    Raises:
+      ValueError: the file has other parameters.
+      OSError: it cannot be read.
+    """
+    if not self._path:
+      return None
+    shapes = jax.eval_shape(self.init, jax.random.key(0))
+    return alphafold_npz.load_msa_params(self._path, shapes)
 
   @property
   def batch_size(self) -> int:

@@ -14,6 +14,10 @@ from attention.training.training_config import TrainingConfig
 from attention.training.workdir import checkpoints
 
 
+class Unusable(ValueError):
+  """Raised if a run can neither start nor resume in its workdir."""
+
+
 def load_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
   """Load the config of the run in a workdir.
 
@@ -77,10 +81,11 @@ def check(workdir: pathlib.Path, config, data: dict) -> str | None:
     A note for the user, or None.
 
   Raises:
-    ValueError: the workdir holds a run with another config or other data.
+    Unusable: the workdir holds a run with another config or other data.
+    ValueError: its records cannot be read.
   """
   if workdir.exists() and not workdir.is_dir():
-    raise ValueError(f'{workdir}: expected a folder, got a file')
+    raise Unusable(f'{workdir}: expected a folder, got a file')
   if not (workdir / 'config.json').exists():
     return None
   old, new = _flatten(load_config(workdir)), _flatten(config)
@@ -95,19 +100,19 @@ def check(workdir: pathlib.Path, config, data: dict) -> str | None:
     if old.get(key) != new.get(key) and not key.startswith(free)
   ]
   if differences:
-    raise ValueError(
+    raise Unusable(
       f'{workdir}: holds a run with another config ({", ".join(differences)}); '
       'choose another --workdir, or use the same config'
     )
   old_data = load_data(workdir)
   if old_data['sha256'] != data['sha256']:
-    raise ValueError(
+    raise Unusable(
       f'{workdir}: holds a run on other data (sha256 '
       f'{old_data["sha256"][:8]}… → {data["sha256"][:8]}…); choose another '
       '--workdir, or restore the data'
     )
   if old_data != data:
-    raise ValueError(
+    raise Unusable(
       f'{workdir}/data.json: records another vocabulary of the same data; '
       'restore the file, or the version of tokenizers that the run started with'
     )

@@ -159,6 +159,37 @@ def test_a_run_is_used_without_its_start(run, capsys):
   assert f'eval/loss {loss:.4f}' in capsys.readouterr().out
 
 
+def _damage(workdir):
+  for path in (workdir / 'checkpoints').glob('*/params/_METADATA'):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def test_a_run_without_intact_checkpoints_reads_its_start_again(
+  ended, tune, tmp_path
+):
+  base, workdir = tmp_path / 'base', tmp_path / 'run'
+  shutil.copytree(ended, base)
+  settings = tune(base, **{'training.steps': 1})
+  loop.train(settings, workdir)
+  expected = _figures(workdir)
+  assert [line['step'] for line in expected] == [0, 1, 1]
+  # Its figures are those of the new start, not lines of before.
+  figures = workdir / 'metrics.jsonl'
+  figures.write_text('{"step": 0, "eval/loss": 9.0}\n')
+  _damage(workdir)
+  loop.train(settings, workdir)
+  assert _figures(workdir) == expected
+  _damage(workdir)
+  shutil.rmtree(base)
+  with pytest.raises(run_files.Unusable, match='cannot be read again: '):
+    loop.train(settings, workdir)
+  shutil.copytree(ended, base)
+  (newest,) = base.glob('checkpoints/*')
+  newest.rename(newest.with_name('9'))
+  with pytest.raises(run_files.Unusable, match='from .* at step 3, but'):
+    loop.train(settings, workdir)
+
+
 def test_an_exported_run_is_merged_and_reads_back_equal(
   run, tmp_path, capsys, assert_close
 ):

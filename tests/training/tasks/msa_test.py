@@ -164,6 +164,8 @@ def test_a_run_starts_from_alphafolds_parameters(published, tmp_path):
   config = _config(**changes, **{'training.steps': 1})
   loop.train(config, tmp_path / 'run')
   path.unlink()
+  # Neither a resumed run nor its use needs the file again.
+  loop.train(_config(**changes, **{'training.steps': 2}), tmp_path / 'run')
   _, params = trained.load(tmp_path / 'run')
   for scope, name in (
     ('preprocess_msa', 'weights'),
