@@ -155,17 +155,21 @@ def test_evaluation_matches_the_logits_and_ignores_padding(config, tmp_path):
   assert abs(actual - expected) < 1e-5
 
 
-def test_weight_decay_applies_to_matrices_only():
+def test_weight_decay_applies_to_matrices_not_to_biases_and_norms():
   optimizer, schedule = optimizers.adamw(
     steps=10, learning_rate=0.1, warmup_steps=2, weight_decay=0.5
   )
-  params = {'w': np.ones((2, 2), 'f'), 'b': np.ones(2, 'f')}
+  decayed = {'w': (2, 2), 'query_w': (3, 2, 2), 'lora_b': (2, 2)}
+  # In a stack of three layers, norms and biases have an axis more.
+  others = {'b': (2,), 'sinks': (2,), 'scale': (3, 2), 'gating_b': (3, 2, 2)}
+  params = {k: np.ones(v, 'f') for k, v in (decayed | others).items()}
   zeros = jax.tree.map(np.zeros_like, params)
   updates, _ = optimizer.update(
     zeros, optimizer.init(params), params, grad_norm=0.0
   )
-  np.testing.assert_allclose(updates['w'], -0.05 * 0.5, rtol=1e-6)
-  assert not updates['b'].any()
+  for name in decayed:
+    np.testing.assert_allclose(updates[name], -0.05 * 0.5, rtol=1e-6)
+  assert not any(updates[name].any() for name in others)
   rates = [float(schedule(n)) for n in (1, 2, 10)]
   np.testing.assert_allclose(rates, [0.05, 0.1, 0.01], rtol=1e-6)
 

@@ -24,7 +24,7 @@ def initial() -> jax.Array:
   return jnp.stack([jnp.int32(0)] * 3 + [jnp.int32(-1)])
 
 
-def update(bad, is_good, is_counted, step, norms):
+def update(bad, is_good, is_counted, step, squares):
   """Return the updated `BadSteps` array after one step.
 
   Args:
@@ -32,12 +32,12 @@ def update(bad, is_good, is_counted, step, norms):
     is_good: whether the loss and all gradients are finite.
     is_counted: whether a non-finite step counts as bad.
     step: step number, counted from 1.
-    norms: [n], norm of each parameter's gradient.
+    squares: [n], squared norm of each parameter's gradient.
   """
   bad = BadSteps(*bad)
   is_bad = ~is_good & is_counted
   starts = is_bad & (bad.in_a_row == 0)
-  finite = jnp.isfinite(norms)
+  finite = jnp.isfinite(squares)
   leaf = jnp.where(finite.all(), -1, jnp.argmin(finite))
   return jnp.stack(
     BadSteps(

@@ -6,6 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+# Biases and norms, which have further axes in stacks of layers and per head.
+_NOT_DECAYED = ('b', 'bias', 'gating_b', 'offset', 'output_b', 'scale')
+
 
 def adamw(
   *,
@@ -27,7 +30,8 @@ def adamw(
     learning_rate: peak learning rate, reached at the end of warm-up.
     warmup_steps: number of steps of linear increase from 0.
     final_fraction: fraction of the peak learning rate left at `steps`.
-    weight_decay: applied to matrices only, not to vectors (biases, norms).
+    weight_decay: applied to matrices and embeddings, not to biases and norms,
+      nor to other vectors.
     b1: decay rate of the first moment.
     b2: decay rate of the second moment.
     clip_norm: maximum global norm of the gradients.
@@ -66,10 +70,19 @@ def adamw(
       b1=b1,
       b2=b2,
       weight_decay=weight_decay,
-      mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
+      mask=_decayed,
     ),
   )
   return transformation, schedule
+
+
+def _decayed(params):
+  """Which parameters decay: a tree of booleans."""
+
+  def is_decayed(path, p):
+    return p.ndim > 1 and getattr(path[-1], 'key', None) not in _NOT_DECAYED
+
+  return jax.tree_util.tree_map_with_path(is_decayed, params)
 
 
 def _clip(max_norm):

@@ -200,13 +200,19 @@ def make(task, optimizer, schedule, seed: int, mesh, num_microbatches: int = 1):
     metrics = {
       'train/loss': loss,
       'train/grad_norm': grad_norm,
-      'train/learning_rate': schedule(step + 1),
+      'train/learning_rate': schedule(_updates(old['optimizer']) + 1),
       'train/bad_steps': bad[0],
       'bad': bad,
     }
     return new, metrics
 
   return train_step
+
+
+def _updates(optimizer_state):
+  """The number of updates so far, which skipped steps do not change."""
+  counts = optax.tree_utils.tree_get_all_with_path(optimizer_state, 'count')
+  return counts[0][1]
 
 
 def repeated(step, limit: int, mesh):

@@ -50,7 +50,7 @@ def _step(mesh_of=1, task=None, **settings):
   optimizer = optax.adam(0.1)
   mesh = sharding.make_mesh(mesh_of)
   return task, Step(
-    task, optimizer, lambda n: 0.1, 3, mesh, TrainingConfig(**_BASE, **settings)
+    task, optimizer, lambda n: n, 3, mesh, TrainingConfig(**_BASE, **settings)
   )
 
 
@@ -124,6 +124,8 @@ def test_bad_steps_change_nothing_and_are_counted():
   assert [m['bad'][1] for m in measured] == [1, 0, 0, 1]
   assert nonfinite.BadSteps(*measured[-1]['bad'].tolist()) == (2, 1, 4, 0)
   assert np.isfinite(measured[2]['train/loss'])
+  # The optimizer's schedule goes on from its last update.
+  assert [m['train/learning_rate'] for m in measured] == [1, 1, 2, 3]
 
 
 def test_only_float32_steps_on_cpus_have_options(monkeypatch):
