@@ -19,7 +19,7 @@ def add_flags(parser) -> None:
   trained_models.add_weights(parser)
   prompts = parser.add_mutually_exclusive_group()
   prompts.add_argument(
-    '--prompt', help='text to continue (default: an empty line)'
+    '--prompt', help='text to continue (default: a line break)'
   )
   prompts.add_argument(
     '--prompts',
@@ -91,7 +91,9 @@ def run(arguments) -> int:
     )
     draft = options['draft'] = small.as_draft(its_params, arguments.num_draft)
   if arguments.prompts is None:
-    prompt = '\n' if arguments.prompt is None else arguments.prompt
+    prompt = arguments.prompt
+    if prompt is None:
+      prompt = task.default_prompt
     for text in task.stream(params, prompt, arguments.num_tokens, **options):
       print(text, end='', flush=True)
     print()

@@ -59,7 +59,8 @@ def prepare(
     config: as for `train`.
     workdir: as for `train`.
     command: command line that resumes the run, printed when it is stopped.
-    profile: numbers of completed steps at which a trace starts and stops.
+    profile: numbers of completed steps at which a trace starts and stops; the
+      first is below the number of steps.
 
   Returns:
     A function without arguments that trains.
@@ -72,6 +73,11 @@ def prepare(
   if jax.process_count() > 1:
     # A lost process is noticed after the call; JAX aborts not much later.
     settings = dataclasses.replace(settings, steps_per_call=1)
+  if profile and profile[0] >= settings.steps:
+    raise ValueError(
+      f'--profile: expected START below the {settings.steps:,} steps of the '
+      f'run, got {profile[0]:,}'
+    )
   task = tasks.create(config, run_files.data_to_resume(workdir, config))
   step = Step.create(config, settings, task)
   memory.check_fits(step.like, step.mesh)
@@ -212,6 +218,12 @@ class _Run:
     guard = Watch(
       self.step.trained, self.settings.max_bad_steps, self.report.print
     )
+    if self.profile and done >= self.profile[1]:
+      self.report.print(
+        f'--profile: nothing to trace, as step {self.profile[1]:,} was done '
+        'before this run resumed'
+      )
+    self.trace.at(done, state)
     while done < self.settings.steps:
       batches, count = self._batches(done)
       with watch.paused():

@@ -5,10 +5,12 @@ import pathlib
 import subprocess
 import sys
 
+import orbax.checkpoint as ocp
 import pytest
 
 from attention.training import command_line, loop
 from attention.training import main as training_main
+from attention.training.workdir.checkpoints import Checkpoints
 
 _ROOT = pathlib.Path(__file__).parents[2]
 
@@ -44,6 +46,24 @@ def ended(config, tmp_path_factory):
   workdir = tmp_path_factory.mktemp('ended') / 'run'
   loop.train(config(**{'training.steps': 3}), workdir)
   return workdir
+
+
+@pytest.fixture(scope='session')
+def newest_state():
+  """newest_state(workdir): (step, state) of the newest checkpoint."""
+
+  def read(workdir):
+    checkpoints = Checkpoints(workdir / 'checkpoints')
+    step = checkpoints.latest_step()
+    checkpoints.close()
+    folder, orbax = (
+      workdir / 'checkpoints' / str(step),
+      ocp.PyTreeCheckpointer(),
+    )
+    parts = [p for p in folder.iterdir() if (p / '_METADATA').is_file()]
+    return step, {part.name: orbax.restore(part) for part in parts}
+
+  return read
 
 
 @pytest.fixture

@@ -102,6 +102,7 @@ _MISTAKES = {
     'model.vocab_size: expected at least ',
   ),
   'profile': (['--profile=5'], '--profile: expected START:STOP'),
+  'late_profile': (['--profile=500:501'], '--profile: expected START below'),
   'processes': (['--num_processes=2'], 'expected all three or none'),
   'clip': (['--config.optimizer.clip_norm=0'], 'optimizer.clip_norm: expect'),
   'layers': (

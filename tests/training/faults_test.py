@@ -9,7 +9,6 @@ from attention.training import main as training_main
 from attention.training.optimization.nonfinite import NotFinite
 from attention.training.tasks.language import Language
 from attention.training.workdir import metrics
-from attention.training.workdir.checkpoints import Checkpoints
 
 
 @pytest.fixture
@@ -43,13 +42,6 @@ def _tiny(config, **changes):
   return config(**(tiny | changes))
 
 
-def _newest(workdir):
-  """Return (step, state) of the newest checkpoint, with all its parts."""
-  checkpoints = Checkpoints(workdir / 'checkpoints')
-  step = checkpoints.latest_step()
-  return step, checkpoints.restore_all(step)
-
-
 def _assert_finite(state):
   for leaf in jax.tree.leaves(state):
     assert np.isfinite(np.asarray(leaf)).all()
@@ -62,7 +54,7 @@ def _assert_finite(state):
   ids=['one', 'one_below_the_limit'],
 )
 def test_bad_steps_are_skipped_and_counted(
-  config, tmp_path, capsys, poison, steps
+  config, tmp_path, capsys, poison, steps, newest_state
 ):
   poison(*steps)
   loop.train(_tiny(config), tmp_path / 'run')
@@ -71,7 +63,7 @@ def test_bad_steps_are_skipped_and_counted(
   counted = {x['step']: x['train/bad_steps'] for x in lines[:9]}
   assert counted[9] == len(steps)
   assert {x['step'] for x in lines[:9] if 'train/loss' not in x} == set(steps)
-  step, state = _newest(tmp_path / 'run')
+  step, state = newest_state(tmp_path / 'run')
   assert step == 9
   _assert_finite(state)
   # Every good step incremented the optimizer's count.
@@ -81,7 +73,7 @@ def test_bad_steps_are_skipped_and_counted(
 
 
 def test_too_many_bad_steps_end_the_run_with_the_parameter_name(
-  config, tmp_path, capsys, poison, monkeypatch
+  config, tmp_path, capsys, poison, monkeypatch, newest_state
 ):
   poison(*range(4, 99))
   settings = _tiny(config, **{'training.steps': 30})
@@ -96,7 +88,7 @@ def test_too_many_bad_steps_end_the_run_with_the_parameter_name(
   assert error.count('\n') == 1
   assert 'the gradient of gpt/' in error
   assert 'finite for 5 consecutive steps, starting at step 4;' in error
-  step, state = _newest(tmp_path / 'run')
+  step, state = newest_state(tmp_path / 'run')
   assert step in (8, 9)
   _assert_finite(state)
   with pytest.raises(NotFinite, match='for [67] consecutive .* at step 4;'):

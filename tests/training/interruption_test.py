@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from attention.training.workdir import metrics
-from attention.training.workdir.checkpoints import Checkpoints
 
 
 @pytest.fixture
@@ -45,18 +44,19 @@ def _finish(process):
   return output
 
 
-def _state(workdir):
-  """Return (step, {path: bytes of the leaf}) of the newest checkpoint."""
+@pytest.fixture
+def state(newest_state):
+  """state(workdir): (step, {path: bytes}) of the newest checkpoint."""
   import jax
 
-  checkpoints = Checkpoints(workdir / 'checkpoints')
-  step = checkpoints.latest_step()
-  leaves = jax.tree_util.tree_leaves_with_path(checkpoints.restore_all(step))
-  checkpoints.close()
-  return step, {
-    jax.tree_util.keystr(path): np.asarray(leaf).tobytes()
-    for path, leaf in leaves
-  }
+  def read(workdir):
+    step, found = newest_state(workdir)
+    return step, {
+      jax.tree_util.keystr(path): np.asarray(leaf).tobytes()
+      for path, leaf in jax.tree_util.tree_leaves_with_path(found)
+    }
+
+  return read
 
 
 def _figures(workdir):
@@ -91,7 +91,7 @@ _MOMENTS = {
 }
 
 
-def _check_stop(train, tmp_path, moment):
+def _check_stop(train, state, tmp_path, moment):
   words, word = _MOMENTS[moment]
   stopped = train(moment, *words, steps=40)
   _wait_for(stopped, word)
@@ -104,14 +104,14 @@ def _check_stop(train, tmp_path, moment):
   if moment == 'compiling':
     assert not lines
   else:
-    step, _ = _state(workdir)
+    step, _ = state(workdir)
     assert lines[-1]['step'] == step < 40
   return workdir, words
 
 
 @pytest.mark.parametrize('moment', ['compiling', 'evaluating'])
-def test_sigterm_stops_a_run_at_any_moment(train, tmp_path, moment):
-  _check_stop(train, tmp_path, moment)
+def test_sigterm_stops_a_run_at_any_moment(train, state, tmp_path, moment):
+  _check_stop(train, state, tmp_path, moment)
 
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
@@ -130,16 +130,18 @@ def test_a_second_signal_ends_a_compilation_at_once(train, number):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('moment', _MOMENTS)
-def test_a_stopped_run_ends_like_an_uninterrupted_one(train, tmp_path, moment):
-  workdir, words = _check_stop(train, tmp_path, moment)
+def test_a_stopped_run_ends_like_an_uninterrupted_one(
+  train, state, tmp_path, moment
+):
+  workdir, words = _check_stop(train, state, tmp_path, moment)
   _finish(train(moment, *words, steps=40))
   _finish(train('whole', *words, steps=40))
-  assert _state(workdir) == _state(tmp_path / 'whole')
+  assert state(workdir) == state(tmp_path / 'whole')
   assert _figures(workdir) == _figures(tmp_path / 'whole')
 
 
 @pytest.mark.slow
-def test_twenty_kills_change_no_byte(train, tmp_path):
+def test_twenty_kills_change_no_byte(train, state, tmp_path):
   # Evaluations take most of the time, so evaluate only once, at the end.
   words, steps = ['--config.training.eval_every=16000'], 16_000
   _finish(train('whole', *words, steps=steps))
@@ -159,13 +161,13 @@ def test_twenty_kills_change_no_byte(train, tmp_path):
     kills += 1
   print(f'{kills} kills, the last at step {lines[-1]["step"] if lines else 0}')
   _finish(train('killed', *words, steps=steps))
-  assert _state(workdir) == _state(tmp_path / 'whole')
+  assert state(workdir) == state(tmp_path / 'whole')
   assert _figures(workdir) == _figures(tmp_path / 'whole')
   assert kills == 20
 
 
 def test_training_continues_with_a_warning_on_a_full_disk(
-  train, train_here, command, tmp_path, capsys
+  train, state, train_here, command, tmp_path, capsys
 ):
   board = '--config.training.tensorboard=True'  # it too meets the full disk
   process, workdir = train('full', board, steps=210), tmp_path / 'full'
@@ -178,11 +180,11 @@ def test_training_continues_with_a_warning_on_a_full_disk(
   assert 'could not be written' in output
   assert 'finished, but step 210 was not saved' in output
   assert 'Traceback' not in error
-  step, _ = _state(workdir)
+  step, _ = state(workdir)
   assert 70 <= step < 210
   assert train_here(*command('full', steps=210)) == 0
   assert f'resumed from step {step}' in capsys.readouterr().out
-  assert _state(workdir)[0] == 210
+  assert state(workdir)[0] == 210
   evaluated = [x['step'] for x in _figures(workdir) if 'eval/loss' in x]
   assert evaluated == [150, 210]
 

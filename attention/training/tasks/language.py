@@ -194,7 +194,15 @@ class Language:
 
   def example(self, params, seed: int) -> str:
     """Sample a text that shows what the model has learnt so far."""
-    return self.sample(params, '\n', 200, seed=seed, temperature=0.8)
+    return self.sample(
+      params, self.default_prompt, 200, seed=seed, temperature=0.8
+    )
+
+  @property
+  def default_prompt(self) -> str:
+    """A line break, or the first symbol of a vocabulary without one."""
+    symbols = getattr(self.vocabulary, 'symbols', '\n')
+    return '\n' if '\n' in symbols else symbols[0]
 
   def sample(
     self, params, prompt: str, num_tokens: int, *, seed: int, **options

@@ -90,9 +90,9 @@ class Checkpoints:
       values: metrics of this step; the lowest 'eval/loss' marks the best
         checkpoint.
     """
+    self.wait()
     if step == self.saved:
       return
-    self.wait()
     part = self._directory / f'{step}.part'
     if jax.process_count() == 1:
       state = _copy_to_host(state)
@@ -100,7 +100,7 @@ class Checkpoints:
       try:
         self._begin(part, state)
       except _FAILURES as error:
-        self._give_up(part, step, error)
+        self._give_up(step, error)
         return
       state = None
     self._saving = threading.Thread(
@@ -117,22 +117,6 @@ class Checkpoints:
       ),
     )
     return {name: restored[name] for name in like}
-
-  def restore_all(self, step: int) -> dict:
-    """Restore all parts of the state, as saved, onto one device."""
-    folder = self._directory / str(step)
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    parts = [p.name for p in folder.iterdir() if (p / '_METADATA').is_file()]
-    restored = self._checkpointer.restore(
-      folder,
-      args=ocp.args.Composite(
-        **{
-          name: ocp.args.StandardRestore(fallback_sharding=device)
-          for name in parts
-        }
-      ),
-    )
-    return {name: jax.device_put(restored[name], device) for name in parts}
 
   def wait(self) -> None:
     """Wait until everything is on disk."""
@@ -207,9 +191,9 @@ class Checkpoints:
         self._remove_old()
       self.saved = step
     except _FAILURES as error:
-      self._give_up(part, step, error)
+      self._give_up(step, error)
 
-  def _give_up(self, part, step, error):
+  def _give_up(self, step, error):
     if self._is_writer:
       self._remove_unfinished()
     last = 'none' if self.saved is None else f'{self.saved:,}'
@@ -230,7 +214,10 @@ class Checkpoints:
   def _remove_old(self):
     steps = self._steps()
     losses = {step: self._loss(step) for step in steps}
-    kept = {*steps[-self._num_kept :], min(steps, key=losses.get)}
+    best = min(steps, key=losses.get)
+    kept = {*steps[-self._num_kept :]}
+    if losses[best] < math.inf:
+      kept.add(best)
     for step in steps:
       if step not in kept:
         shutil.rmtree(self._directory / str(step), ignore_errors=True)

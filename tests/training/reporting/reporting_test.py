@@ -73,7 +73,7 @@ def test_utilisation_is_none_if_the_peak_is_unknown():
   assert memory.peak_mib(mesh) is None or memory.peak_mib(mesh) > 0
 
 
-def test_a_run_writes_tensorboard_events_and_a_trace(config, tmp_path):
+def test_a_run_writes_tensorboard_events_and_a_trace(config, tmp_path, capsys):
   pytest.importorskip('tensorboardX')
   from tensorboardX.proto import event_pb2
 
@@ -84,7 +84,7 @@ def test_a_run_writes_tensorboard_events_and_a_trace(config, tmp_path):
       'training.tensorboard': True,
     }
   )
-  loop.prepare(settings, tmp_path / 'run', profile=(1, 3))()
+  loop.prepare(settings, tmp_path / 'run', profile=(0, 3))()
   (path,) = (tmp_path / 'run' / 'tb').iterdir()
   steps = {}
   for event in _events(path.read_bytes(), event_pb2.Event):
@@ -99,6 +99,9 @@ def test_a_run_writes_tensorboard_events_and_a_trace(config, tmp_path):
   assert len(traces) == 1
   line = metrics.read(tmp_path / 'run' / 'metrics.jsonl')[-2]
   assert line['train/seconds_per_step'] > 0
+  settings.training.steps = 5
+  loop.prepare(settings, tmp_path / 'run', profile=(0, 3))()
+  assert '--profile: nothing to trace, as step 3 was' in capsys.readouterr().out
 
 
 def _events(content, kind):

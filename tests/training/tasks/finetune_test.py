@@ -20,7 +20,6 @@ from attention.training import (
 from attention.training.tasks.finetune import Start
 from attention.training.tasks.language import Language
 from attention.training.workdir import metrics, run_files
-from attention.training.workdir.checkpoints import Checkpoints
 
 _SHORT = {'training.steps': 4, 'training.log_every': 1, 'model.lora.alpha': 4.0}
 
@@ -102,11 +101,9 @@ def test_the_first_loss_is_that_of_the_saved_model(run, ended, config, other):
   assert lines[-1]['eval/loss'] < lines[0]['eval/loss']
 
 
-def test_only_updates_are_trained_and_have_moments(run, ended):
+def test_only_updates_are_trained_and_have_moments(run, ended, newest_state):
   _, base = trained.load(ended)
-  checkpoints = Checkpoints(run / 'checkpoints')
-  state = checkpoints.restore_all(checkpoints.latest_step())
-  checkpoints.close()
+  _, state = newest_state(run)
   updates, frozen = hk.data_structures.partition(
     lora.is_adapter, state['params']
   )

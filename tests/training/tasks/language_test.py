@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from attention import __main__ as cli
 from attention.data.subwords import Subwords
 from attention.training import loop, tasks, trained
 from attention.training.optimization import optimizers, precision, step
@@ -62,6 +63,16 @@ def test_a_subword_model_is_used_without_its_text(run):
   labels, _, found = task.patterns(params, ' quick fox')['attention']
   assert ''.join(labels) == ' quick fox'
   assert next(iter(found.values())).shape[-1] == len(labels) < 10
+
+
+def test_a_text_of_one_line_trains_and_is_sampled(config, tmp_path, capsys):
+  (tmp_path / 'text.txt').write_text('one line without an end ' * 99)
+  changes = {'data.path': str(tmp_path / 'text.txt'), 'training.steps': 1}
+  loop.train(config(**changes), tmp_path / 'run')
+  capsys.readouterr()
+  words = ['sample', f'--workdir={tmp_path / "run"}', '--num_tokens=3']
+  assert cli.main(words) == 0
+  assert len(capsys.readouterr().out.strip('\n')) == 4
 
 
 def test_bits_per_byte_match_the_loss(run, config):

@@ -57,6 +57,20 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
   assert _restore(tmp_path) == (5, True, [])
 
 
+def test_without_losses_only_the_newest_are_kept(tmp_path):
+  _save(tmp_path, 1, 2, 3, 4, num_kept=2)
+  assert _names(tmp_path) == ['3', '4']
+
+
+def test_a_step_that_is_being_saved_is_saved_once(tmp_path):
+  warned = []
+  with contextlib.closing(Checkpoints(tmp_path, 2, warned.append)) as saved:
+    saved.save(1, _state(1))
+    saved.save(1, _state(1))
+  assert not warned
+  assert _restore(tmp_path) == (1, True, [])
+
+
 def test_later_steps_do_not_change_a_pending_save(tmp_path):
   advance = jax.jit(lambda x: x + 1, donate_argnums=0)
   x = jnp.zeros((1009, 101))
