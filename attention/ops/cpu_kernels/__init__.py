@@ -54,8 +54,8 @@ def library_path() -> pathlib.Path:
 def instruction_set() -> str:
   """Return the instruction set that the kernels use on this processor.
 
-  The environment variable ATTENTION_INSTRUCTION_SET may name a lesser one that
-  it has: 'AVX-512', 'AVX2' or 'baseline'.
+  It is the best that the processor has, up to the one that the environment
+  variable ATTENTION_INSTRUCTION_SET may name: 'AVX-512', 'AVX2' or 'baseline'.
   """
   function = ctypes.CDLL(str(library_path())).attention_instruction_set
   function.restype = ctypes.c_char_p

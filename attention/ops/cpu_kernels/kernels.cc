@@ -62,21 +62,21 @@ namespace baseline {
 #undef REGISTERS
 }  // namespace baseline
 
-// The best instruction set that the processor has and, for tests, that the
-// environment variable ATTENTION_INSTRUCTION_SET does not rule out.
+// The best instruction set that the processor has, up to the one that the
+// environment variable ATTENTION_INSTRUCTION_SET names, for tests.
 const Kernels& kernels() {
   static const Kernels best = [] {
-    const char* asked = std::getenv("ATTENTION_INSTRUCTION_SET");
-    [[maybe_unused]] auto may_be = [&](const char* name) {
-      return !asked || std::strcmp(asked, name) == 0;
-    };
 #if defined(__x86_64__)
-    if (may_be("AVX-512") && __builtin_cpu_supports("avx512f") &&
+    const char* asked = std::getenv("ATTENTION_INSTRUCTION_SET");
+    auto is = [&](const char* name) {
+      return asked && std::strcmp(asked, name) == 0;
+    };
+    if (!is("baseline") && !is("AVX2") && __builtin_cpu_supports("avx512f") &&
         __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl"))
       return avx512::kernels("AVX-512");
-    if (may_be("AVX2") && __builtin_cpu_supports("avx2") &&
+    if (!is("baseline") && __builtin_cpu_supports("avx2") &&
         __builtin_cpu_supports("fma"))
       return avx2::kernels("AVX2");
 #endif

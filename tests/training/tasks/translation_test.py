@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from attention import __main__ as cli
-from attention.training import loop, tasks, trained, translate_lines
+from attention.commands import translate
+from attention.training import loop, tasks, trained
 from attention.training.command_line import load_config
 from attention.training.workdir import metrics
 
@@ -83,7 +84,7 @@ class _Lines(io.BytesIO):
 def _answer(run, content, beam_size=2, is_terminal=False):
   task, params = trained.load(run, 'translation')
   output, errors = io.StringIO(), io.StringIO()
-  refused = translate_lines.answer_lines(
+  refused = translate.answer_lines(
     task,
     params,
     _Lines(content, is_terminal),
