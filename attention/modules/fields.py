@@ -1,6 +1,7 @@
 """Checks of module fields, with errors of one line."""
 
 import difflib
+import numbers
 from collections.abc import Iterable
 
 
@@ -19,7 +20,9 @@ def check_choice(name: str, value, known: Iterable[str]) -> None:
     )
 
 
-def check_count(name: str, value: int | None) -> None:
-  """Raises ValueError unless `value` is None or at least 1."""
-  if value is not None and value < 1:
-    raise ValueError(f'{name}: expected 1 or more, got {value}')
+def check_count(name: str, value) -> None:
+  """Raises ValueError unless `value` is None or a whole number from 1 on."""
+  if value is None:
+    return
+  if not isinstance(value, numbers.Integral) or value < 1:
+    raise ValueError(f'{name}: expected 1 or more, got {value!r}')

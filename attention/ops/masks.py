@@ -101,9 +101,10 @@ class Mask:
       )
     return cls((Dense(array),))
 
-  def __and__(self, other: 'Mask') -> 'Mask':
+  def __and__(self, other) -> 'Mask':
+    """Join with another mask, or with a boolean array, see `dense`."""
     if not isinstance(other, Mask):
-      return NotImplemented
+      other = Mask.dense(other)
     return Mask(self.conditions + other.conditions)
 
   def to_array(self, num_query: int, num_key: int) -> jax.Array:

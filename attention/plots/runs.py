@@ -4,6 +4,7 @@ import pathlib
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from attention.plots.patterns import DPI
 
@@ -38,6 +39,7 @@ def loss_curve(
           va='center',
         )
   axes.set(xlabel='step', ylabel=unit)
+  axes.xaxis.set_major_locator(MaxNLocator(integer=True))
   axes.spines[['top', 'right']].set_visible(False)
   axes.grid(axis='y', alpha=0.3)
   if axes.lines:

@@ -24,7 +24,7 @@ from attention.training.reporting.profiling import Trace
 from attention.training.reporting.tensorboard import TensorBoard
 from attention.training.stop_signals import Interrupted, StopSignals
 from attention.training.training_config import TrainingConfig
-from attention.training.workdir import lock, run_files
+from attention.training.workdir import Unusable, lock, run_files
 from attention.training.workdir.checkpoints import Checkpoints
 from attention.training.workdir.metrics import Metrics
 
@@ -141,7 +141,7 @@ class _Run:
     is_evaluated = self.metrics.has('eval/', self.start)
     if self.start > steps or (self.start == steps and is_evaluated):
       self.report.print(
-        f'this run finished at step {self.start:,}; to continue it, raise '
+        f'this run is at step {self.start:,}; to continue it, raise '
         f'--config.training.steps above that (now {steps:,})'
       )
       return
@@ -207,7 +207,7 @@ class _Run:
     try:
       return getattr(self.task, 'pretrained', None)
     except (ValueError, OSError) as error:
-      raise run_files.Unusable(
+      raise Unusable(
         f'{self.workdir}: no intact checkpoint to resume from, and what the '
         f'run started from cannot be read again: {error}'
       ) from None

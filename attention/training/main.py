@@ -15,7 +15,7 @@ from attention.training import (
 )
 from attention.training.optimization import nonfinite
 from attention.training.parallelism import processes
-from attention.training.workdir import lock, run_files
+from attention.training.workdir import Unusable
 
 # Avoid atomic additions, and choose the same kernels in every run.
 _DETERMINISTIC = (
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
     return print_error(error)
   try:
     run()
-  except (lock.Locked, run_files.Unusable) as error:
+  except Unusable as error:
     return print_error(error)
   except nonfinite.NotFinite as error:
     print_error(error)

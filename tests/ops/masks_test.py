@@ -77,6 +77,16 @@ def test_python_ints_give_static_diagonals():
   assert Mask.causal(np.array([2])).diagonals() == (None, None)
 
 
+def test_a_mask_joins_a_boolean_array():
+  array = np.arange(35).reshape(5, 7) % 3 > 0
+  joined = Mask.causal() & array
+  np.testing.assert_array_equal(
+    joined.to_array(5, 7), Mask.causal().to_array(5, 7) & array
+  )
+  with pytest.raises(ValueError, match='mask: expected a boolean array'):
+    Mask.causal() & np.ones((5, 7))
+
+
 def test_unsigned_bounds_match_ints():
   left, right = np.array([2], np.uint8), np.array([0], np.uint8)
   np.testing.assert_array_equal(
@@ -118,5 +128,5 @@ def test_invalid_arguments_raise():
     Mask.lengths(key_lengths=np.array([1.5]))
   with pytest.raises(ValueError, match='query_ids'):
     Mask.segments(3)
-  with pytest.raises(TypeError):
+  with pytest.raises(ValueError, match='expected a boolean array'):
     Mask.causal() & np.ones((2, 2), bool)

@@ -1,5 +1,7 @@
 """Usage errors: one line, exit status 2, before anything is compiled."""
 
+import json
+import shutil
 import time
 
 import jax
@@ -240,11 +242,71 @@ def test_a_workdir_without_a_checkpoint_accepts_another_config(
   assert 'no checkpoint of its previous config; starting afresh' in note
 
 
+@pytest.mark.parametrize('workdir', ['text.txt/run', 'sys/run'])
+def test_a_workdir_that_cannot_be_created_is_named(
+  workdir, config, tmp_path, text, train_here, capsys
+):
+  (tmp_path / 'text.txt').write_text('')
+  (tmp_path / 'sys').symlink_to('/proc')
+  words = [f'--config={_CONFIG}', f'--workdir={tmp_path / workdir}']
+  assert train_here(*words, f'--config.data.path={text}') == 2
+  error = capsys.readouterr().err
+  assert 'error: --workdir: expected a folder that can be written to' in error
+  assert error.count('\n') == 1
+
+
+def test_a_damaged_line_of_metrics_is_named(
+  config, ended, tmp_path, train_here, text, capsys
+):
+  shutil.copytree(ended, tmp_path / 'run')
+  path = tmp_path / 'run' / 'metrics.jsonl'
+  first, *others = path.read_text().splitlines(keepends=True)
+  path.write_text(''.join([first, 'gar\n', *others]))
+  words = [f'--config={_CONFIG}', f'--workdir={tmp_path / "run"}']
+  words += ['--config.training.steps=4', f'--config.data.path={text}']
+  assert train_here(*words, '--config.training.tensorboard=False') == 2
+  error = capsys.readouterr().err
+  assert 'metrics.jsonl:2: expected an object of JSON with a step' in error
+  assert error.count('\n') == 1
+
+
+def test_a_config_that_does_not_fit_its_checkpoint_is_named(
+  ended, tmp_path, capsys
+):
+  shutil.copytree(ended, tmp_path / 'run')
+  path = tmp_path / 'run' / 'config.json'
+  record = json.loads(path.read_text())
+  record['model']['num_layers'] += 1
+  path.write_text(json.dumps(record))
+  assert cli.main(['sample', f'--workdir={tmp_path / "run"}']) == 2
+  error = capsys.readouterr().err
+  assert 'config.json does not fit checkpoint 3 (' in error
+  assert error.count('\n') == 1 and len(error) < 500
+
+
+@pytest.mark.parametrize(
+  ('key', 'value', 'message'),
+  [
+    ('seed', 'zero', "seed: expected 0 to 4294967295, got 'zero'"),
+    ('model.num_layers', 4.5, 'num_layers: expected 1 or more, got 4.5'),
+    ('task', None, 'task: expected one of .*, got None'),
+  ],
+)
+def test_values_of_wrong_types_in_own_configs_are_named(
+  config, tmp_path, key, value, message
+):
+  settings = config().unlock()
+  with settings.ignore_type():
+    settings.update_from_flattened_dict({key: value})
+  with pytest.raises(ValueError, match=message):
+    loop.prepare(settings, tmp_path / 'run')
+
+
 def test_a_workdir_is_checked_again_under_its_lock(config, tmp_path):
   settings = {'training.steps': 1}
   run = loop.prepare(config(**settings, seed=7), tmp_path / 'run')
   loop.train(config(**settings), tmp_path / 'run')
-  with pytest.raises(loop.run_files.Unusable, match='seed 0 → 7'):
+  with pytest.raises(loop.Unusable, match='seed 0 → 7'):
     run()
 
 

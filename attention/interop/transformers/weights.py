@@ -150,9 +150,11 @@ def write(folder: pathlib.Path, shapes: dict, read, max_bytes: int) -> None:
     names = [_WHOLE]
   for name, keys in zip(names, parts, strict=True):
     arrays = {key: np.ascontiguousarray(read(key)) for key in keys}
-    safetensors.save_file(
-      arrays, folder / f'{name}.part', metadata={'format': 'pt'}
-    )
+    part = folder / f'{name}.part'
+    part.touch()
+    mode = part.stat().st_mode
+    safetensors.save_file(arrays, part, metadata={'format': 'pt'})
+    part.chmod(mode)  # `save_file` leaves it readable by its owner only
   if len(parts) > 1:
     index = {
       'metadata': {'total_size': sum(sizes.values())},

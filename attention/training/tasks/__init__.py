@@ -31,8 +31,9 @@ def create(config, record: dict | None = None):
       of data and model.
     OSError: the data cannot be read.
   """
-  if not 0 <= config.seed < 2**32:
-    raise ValueError(f'seed: expected 0 to {2**32 - 1}, got {config.seed}')
+  seed = config.seed
+  if not isinstance(seed, int) or not 0 <= seed < 2**32:
+    raise ValueError(f'seed: expected 0 to {2**32 - 1}, got {seed!r}')
   task = _find(config).create(config, record)
   if record is None:
     getattr(task, 'pretrained', None)  # raises here if it cannot be read
@@ -50,10 +51,9 @@ def load(config, workdir: pathlib.Path):
 
 def _find(config):
   """Return a config's task class, importing only its module."""
-  if config.task not in _TASKS:
-    raise ValueError(
-      f'task: expected one of {list(_TASKS)}, got {config.task!r}'
-    )
+  task = config.get('task')
+  if task not in _TASKS:
+    raise ValueError(f'task: expected one of {list(_TASKS)}, got {task!r}')
   is_finetuned = config.task == 'language' and 'init' in config
   name = 'finetune' if is_finetuned else config.task
   module = importlib.import_module(f'{__name__}.{name}')

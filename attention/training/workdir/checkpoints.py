@@ -268,16 +268,23 @@ def newest_params(workdir: pathlib.Path, shapes) -> tuple[int, dict]:
     shapes: the parameters' shapes and dtypes.
 
   Raises:
-    ValueError: the run has no checkpoint yet.
+    ValueError: the run has no intact checkpoint, or one of other parameters.
   """
   directory = workdir / 'checkpoints'
   checkpoints = Checkpoints(directory) if directory.is_dir() else None
   step = checkpoints.latest_step() if checkpoints else None
   if step is None:
-    raise ValueError(f'{workdir}: no checkpoint yet; train it further first')
+    kind = 'intact checkpoint' if has_any(directory) else 'checkpoint yet'
+    raise ValueError(f'{workdir}: no {kind}; train it further first')
   device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   like = {'params': abstract(shapes, device)}
-  return step, checkpoints.restore(step, like)['params']
+  try:
+    return step, checkpoints.restore(step, like)['params']
+  except ValueError as error:
+    reason = ' '.join(str(error).split())[:200]
+    raise ValueError(
+      f'{workdir}: config.json does not fit checkpoint {step:,} ({reason})'
+    ) from None
 
 
 def abstract(shapes, sharding):

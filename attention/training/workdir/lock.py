@@ -7,8 +7,10 @@ import os
 import pathlib
 import socket
 
+from attention.training.workdir import Unusable
 
-class Locked(ValueError):
+
+class Locked(Unusable):
   """Raised if another process is running in the workdir."""
 
 
@@ -21,9 +23,17 @@ def held(workdir: pathlib.Path):
 
   Raises:
     Locked: another process holds the lock; the message names host and process.
+    Unusable: the folder cannot be created or written to.
   """
-  workdir.mkdir(parents=True, exist_ok=True)
-  with (workdir / 'lock').open('a+') as file:
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    opened = (workdir / 'lock').open('a+')
+  except OSError as error:
+    raise Unusable(
+      f'--workdir: expected a folder that can be written to, got {workdir} '
+      f'({error.strerror})'
+    ) from None
+  with opened as file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -5,13 +5,33 @@ import json
 import math
 import pathlib
 
+from attention.training.workdir import Unusable
+
 
 def read(path: pathlib.Path) -> list[dict]:
-  """Read the lines of a metrics file, ignoring an unfinished last line."""
+  """Read the lines of a metrics file, ignoring an unfinished last line.
+
+  Raises:
+    Unusable: another line is damaged.
+  """
   if not path.exists():
     return []
   lines = path.read_text().split('\n')
-  return [json.loads(line) for line in lines[:-1] if line]
+  return [
+    _parse(f'{path}:{n}', line) for n, line in enumerate(lines[:-1], 1) if line
+  ]
+
+
+def _parse(where, text):
+  try:
+    line = json.loads(text)
+    line['step'] + 0
+  except (ValueError, KeyError, TypeError):
+    raise Unusable(
+      f'{where}: expected an object of JSON with a step, got {text[:40]!r}; '
+      'remove the line'
+    ) from None
+  return line
 
 
 class Metrics:

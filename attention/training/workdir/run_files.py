@@ -11,11 +11,7 @@ import jax
 import ml_collections
 
 from attention.training.training_config import TrainingConfig
-from attention.training.workdir import checkpoints
-
-
-class Unusable(ValueError):
-  """Raised if a run can neither start nor resume in its workdir."""
+from attention.training.workdir import Unusable, checkpoints
 
 
 def load_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
@@ -28,7 +24,7 @@ def load_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
   if not path.exists():
     raise ValueError(
       f'{workdir}: no run here (no config.json); train one with '
-      f'python train.py --config=configs/gpt_char.py --workdir={workdir}'
+      f'python train.py --config=FILE --workdir={workdir}'
     )
   parts = ('task', 'data', 'model', 'training')
   return ml_collections.ConfigDict(_read(path, *parts))

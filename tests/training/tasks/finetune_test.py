@@ -19,7 +19,7 @@ from attention.training import (
 )
 from attention.training.tasks.finetune import Start
 from attention.training.tasks.language import Language
-from attention.training.workdir import metrics, run_files
+from attention.training.workdir import Unusable, metrics, run_files
 
 _SHORT = {'training.steps': 4, 'training.log_every': 1, 'model.lora.alpha': 4.0}
 
@@ -178,12 +178,12 @@ def test_a_run_without_intact_checkpoints_reads_its_start_again(
   assert _figures(workdir) == expected
   _damage(workdir)
   shutil.rmtree(base)
-  with pytest.raises(run_files.Unusable, match='cannot be read again: '):
+  with pytest.raises(Unusable, match='cannot be read again: '):
     loop.train(settings, workdir)
   shutil.copytree(ended, base)
   (newest,) = base.glob('checkpoints/*')
   newest.rename(newest.with_name('9'))
-  with pytest.raises(run_files.Unusable, match='from .* at step 3, but'):
+  with pytest.raises(Unusable, match='from .* at step 3, but'):
     loop.train(settings, workdir)
 
 
