@@ -128,5 +128,3 @@ def test_invalid_arguments_raise():
     Mask.lengths(key_lengths=np.array([1.5]))
   with pytest.raises(ValueError, match='query_ids'):
     Mask.segments(3)
-  with pytest.raises(ValueError, match='expected a boolean array'):
-    Mask.causal() & np.ones((2, 2), bool)
