@@ -90,6 +90,10 @@ class Mask:
         are a bias), or has fewer than two axes.
     """
     array = _array(array)
+    if array.dtype.kind in 'OU':
+      raise ValueError(
+        f'mask: expected a Mask or a boolean array, got {array.tolist()!r:.80}'
+      )
     if array.dtype != bool:
       raise ValueError(
         f'mask: expected a boolean array (True = may attend), got {array.dtype}'

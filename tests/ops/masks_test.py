@@ -124,6 +124,12 @@ def test_masks_support_vmap():
 def test_invalid_arguments_raise():
   with pytest.raises(ValueError, match='expected a boolean array.*float32'):
     Mask.dense(jnp.ones((2, 2)))
+  with pytest.raises(
+    ValueError, match="a Mask or a boolean array, got 'causal'"
+  ):
+    Mask.dense('causal')
+  with pytest.raises(ValueError, match='a boolean array, got <bound'):
+    Mask.dense(Mask.causal)
   with pytest.raises(ValueError, match='key_lengths: expected an int or'):
     Mask.lengths(key_lengths=np.array([1.5]))
   with pytest.raises(ValueError, match='query_ids'):
