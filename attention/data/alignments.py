@@ -237,7 +237,8 @@ def _stockholm(path, lines):
 def _row(path, is_a3m, number, name, sequence):
   """Encode a sequence: ids [l] int8, and its insertions before each, [l]."""
   inserted = np.array([is_a3m and c.islower() for c in sequence], bool)
-  is_column = ~inserted & [not (is_a3m and c == '.') for c in sequence]
+  is_dot = np.array([is_a3m and c == '.' for c in sequence], bool)
+  is_column = ~inserted & ~is_dot
   insertions = np.diff(inserted.cumsum()[is_column], prepend=0)
   letters = [c for c, x in zip(sequence.upper(), is_column, strict=True) if x]
   try:

@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import functools
 import hashlib
+import io
 import pathlib
 import re
 import sys
@@ -346,7 +347,9 @@ def _read_folders(root):
 def _read_table(path, text_column, label_column):
   text = read_text(str(path))
   csv.field_size_limit(sys.maxsize)
-  rows = list(csv.DictReader(text.splitlines(keepends=True)))
+  rows = list(
+    csv.DictReader(io.StringIO(text.removeprefix('\ufeff'), newline=''))
+  )
   for key, column in (
     ('text_column', text_column),
     ('label_column', label_column),

@@ -60,6 +60,8 @@ def _top_k(logits, k):
 
 
 def _top_p(logits, p):
+  if p == 1:  # rounding would drop the least likely tokens
+    return logits
   ordered = -jnp.sort(-logits, axis=-1)
   each = jax.nn.softmax(ordered, axis=-1)
   before = jnp.cumsum(each, axis=-1) - each

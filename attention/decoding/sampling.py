@@ -106,6 +106,7 @@ def sample(
   )
 
   def choose(logits, i, present):
+    logits = logits.astype(jnp.float32)  # noise and sums need its precision
     if repetition_penalty is not None:
       logits = penalise(logits, present, repetition_penalty)
     if temperature == 0:

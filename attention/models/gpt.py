@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from attention.models.transformer import Transformer
+from attention.modules import fields
 from attention.modules.layers import Embed, Linear
 from attention.modules.lora import adapted
 from attention.modules.stack import run_blocks
@@ -123,6 +124,7 @@ class GPT(Transformer):
       period=len(self.window_pattern) if self.window else 1,
     )
     if num_logits is not None:
+      fields.check_count('num_logits', num_logits)
       x = x[:, -num_logits:]
     x = self.final_norm(x)
     if self.with_tied_output:

@@ -84,8 +84,12 @@ def check(
       f'scale: expected a finite constant, got {scale}; multiply the query '
       'by a learned scale instead'
     )
-  if logit_cap is not None and not logit_cap > 0:
-    raise ValueError(f'logit_cap: expected a positive number, got {logit_cap}')
+  if logit_cap is not None and (
+    isinstance(logit_cap, jax.core.Tracer) or not 0 < logit_cap < math.inf
+  ):
+    raise ValueError(
+      f'logit_cap: expected a positive, finite constant, got {logit_cap}'
+    )
   check_rate(dropout_rate)
   dropout = None
   if dropout_rate:

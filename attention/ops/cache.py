@@ -17,6 +17,7 @@ from jax import lax
 
 from attention.ops import arguments
 from attention.ops.biases import ArrayBias, Bias
+from attention.ops.conditions import Segments
 from attention.ops.masks import Mask
 
 _AXES = -1, -2  # slot axes of a cache's key and value
@@ -131,6 +132,11 @@ class Cache:
       mask = Mask.dense(mask)
     for array in mask.arrays() if mask is not None else ():
       self._check('mask', array, key.shape, short='[q, k]')
+    for condition in mask.conditions if mask is not None else ():
+      if isinstance(condition, Segments):
+        is_of_first = condition.key_ids.shape[-1] == count and self.key is None
+        size = count if is_of_first else self.capacity
+        condition.check(batch, size, size)
     if bias is not None and not isinstance(bias, Bias):
       array = jnp.asarray(bias)
       arguments.check_float('bias', array)

@@ -9,6 +9,8 @@ import numpy as np
 
 from attention.ops.conditions import Band, Dense, Lengths, Prefix, Segments
 
+_FAR = 2**30  # beyond all positions
+
 
 def _int_or_array(name, value):
   """Keep Python ints static; convert anything else to an int32 array."""
@@ -39,7 +41,7 @@ class Mask:
   @classmethod
   def causal(cls, offset=0) -> 'Mask':
     """Allow query i the keys j <= i + offset, an int or [*b] integers."""
-    return cls((Band(None, _int_or_array('offset', offset)),))
+    return cls((Band(None, _bound('offset', offset)),))
 
   @classmethod
   def window(cls, left=None, right=None) -> 'Mask':
@@ -47,7 +49,7 @@ class Mask:
 
     Each bound is an int, [*b] integers, or None for no bound.
     """
-    left, right = _int_or_array('left', left), _int_or_array('right', right)
+    left, right = _bound('left', left), _bound('right', right)
     return cls((Band(None if left is None else -left, right),))
 
   @classmethod
@@ -73,6 +75,10 @@ class Mask:
       if np.ndim(ids) == 0:
         raise ValueError(
           f'{name}: expected an array [*b, positions], got {ids}'
+        )
+      if not jnp.issubdtype(_array(ids).dtype, jnp.integer):
+        raise ValueError(
+          f'{name}: expected integers, got dtype {_array(ids).dtype}'
         )
     return cls((Segments(_array(query_ids), _array(key_ids)),))
 
@@ -207,6 +213,16 @@ class Mask:
   @classmethod
   def tree_unflatten(cls, _, conditions):
     return cls(tuple(conditions))
+
+
+def _bound(name, value):
+  """A distance, so bounded that adding a position does not overflow int32."""
+  value = _int_or_array(name, value)
+  if value is None:
+    return None
+  if isinstance(value, int):
+    return max(-_FAR, min(value, _FAR))
+  return value.clip(-_FAR, _FAR)
 
 
 def _array(value):

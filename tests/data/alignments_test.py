@@ -76,6 +76,7 @@ def test_rare_residues_are_read_like_common_ones(tmp_path):
     ('x.a3m', '', 'expected an alignment of 2 or more sequences, got 0'),
     ('x.a3m', '>q\nMKV\n>o\nM1V\n', "line 3: .* has '1' in column 2"),
     ('x.fa', 'MKV\n>o\nMKV\n', "line 1: expected '>' and a name before"),
+    ('x.a3m', '>q\nMKV\n>o\n>p\nMKV\n', "line 3: sequence 'o' fills 0 columns"),
     ('x.fa', '>q\n---\n>o\nMKV\n', 'the first sequence has no residues'),
     ('x.sto', '# STOCKHOLM 1.0\nq MKV x\n', 'line 2: expected a name and a'),
     ('x.a3m', b'>q\nM\xffV\n', 'line 2: not UTF-8 at byte 1'),

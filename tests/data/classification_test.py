@@ -79,15 +79,16 @@ def test_held_out_batches_have_each_example_once():
 
 def test_folders_and_tables_are_equivalent(tmp_path):
   texts = [(f'good word{i} Fine.', 'good') for i in range(10)]
-  texts += [(f'bad word{i}\nPoor!', 'bad') for i in range(10, 20)]
+  texts += [(f'bad word{i}\nPoor!\u2028', 'bad') for i in range(10, 20)]
   folder = _write(
     tmp_path / 'folder',
     {f'{label}/{i:02d}.txt': text for i, (text, label) in enumerate(texts)},
   )
   rows = sorted(texts, key=lambda x: x[1])
   table = tmp_path / 'table.csv'
+  # With a byte order mark, as spreadsheets write it.
   table.write_text(
-    'kind,id,body\n'
+    '\ufeffkind,id,body\n'
     + ''.join(f'{label},{i},"{t}"\n' for i, (t, label) in enumerate(rows))
   )
   one = _text(folder)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from attention import decoding
+from attention.decoding import filters
 
 V = 7
 _OPTIONS = (
@@ -62,6 +63,25 @@ def test_samples_follow_the_distribution():
   assert abs(_counts(_draw(2000))[1] - likely) < 0.02
   flat = np.exp(1.5) / (np.exp(1.5) + V - 1)
   assert abs(_counts(_draw(2000, temperature=2.0))[1] - flat) < 0.03
+
+
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
+def test_samples_of_half_precision_logits_follow_the_distribution(dtype):
+  drawn = decoding.sample(
+    lambda tokens, cache: (jnp.zeros((len(tokens), 1000), dtype), cache),
+    jnp.int32(0),
+    jnp.zeros((10_000, 1), jnp.int32),
+    1,
+    jax.random.key(0),
+  )
+  first, last = (drawn[:, -1] < 100).mean(), (drawn[:, -1] >= 900).mean()
+  assert abs(first - 0.1) < 0.02 and abs(last - 0.1) < 0.02
+
+
+def test_top_p_of_one_keeps_all_tokens():
+  logits = 4 * jax.random.normal(jax.random.key(0), (50_257,))
+  options = dict(temperature=1.0, top_k=None, top_p=1.0, min_p=None)
+  assert jnp.isfinite(filters.narrow(logits, **options)).all()
 
 
 def test_top_k_keeps_ties():

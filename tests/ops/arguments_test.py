@@ -62,6 +62,7 @@ _INVALID = {
     r'sinks: .*\(6,\).*\(7,\)',
   ),
   'cap': ({}, dict(logit_cap=0.0), 'logit_cap: expected a positive'),
+  'no_cap': ({}, dict(logit_cap=np.inf), 'logit_cap: expected a positive, fin'),
   'scale': (
     {},
     dict(scale=np.nan),

@@ -179,6 +179,10 @@ def test_prompt_arrays_cover_prompt_or_all_slots(
     (dict(bias=np.ones((H, N, T), 'f')), r'bias: .*\(3, 6, 17, 17\), got'),
     (dict(mask=np.ones((B, N, N), bool)), r'mask: expected \[q, k\] or rank 4'),
     (dict(mask=Mask.dense(np.ones((N, 2), bool))), 'mask: .* broadcastable'),
+    (
+      dict(mask=Mask.segments(np.ones((B, 3), int))),
+      'mask: query_ids: expected',
+    ),
   ],
 )
 def test_arrays_that_do_not_fit_slots_raise(arguments, message):

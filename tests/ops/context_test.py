@@ -36,6 +36,11 @@ cases = {
     lambda bias, sinks, ids: dict(
       bias=bias, sinks=sinks, mask=Mask.segments(ids), is_causal=True),
   ),
+  # The last two devices first meet keys of their own, which are all masked.
+  'hidden keys': (
+    [(jnp.where(jnp.arange(T) < 16, draw(1, H, 1, T), -jnp.inf), P())],
+    lambda bias: dict(bias=bias),
+  ),
   'dense mask, cap, bias of keys': (
     [(draw(B, H, 1, T), P()), (dense, rows)],
     lambda bias, mask: dict(bias=bias, mask=mask, logit_cap=0.7),
@@ -204,7 +209,7 @@ def compared():
 
 
 def test_devices_compute_together_what_one_does(compared):
-  assert len(compared) == 12
+  assert len(compared) == 15
   for name, case in compared.items():
     assert max(case['errors']) < 2e-6, name
 

@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import attention
 from attention import Mask
 
 Q, K, B = 5, 7, 3
@@ -77,6 +78,22 @@ def test_python_ints_give_static_diagonals():
   assert Mask.causal(np.array([2])).diagonals() == (None, None)
 
 
+@pytest.mark.parametrize('far', [2**31 - 1, np.array([2**31 - 1, 3])])
+@pytest.mark.parametrize('implementation', ['reference', 'chunked', None])
+def test_bounds_beyond_all_positions_are_no_bounds(far, implementation):
+  rng = np.random.default_rng(0)
+  q, k, v = rng.normal(size=(3, 2, 24, 1, 8)).astype('f')
+  for mask in (Mask.causal(far), Mask.window(right=far)):
+    y = attention.dot_product_attention(
+      q, k, v, mask=mask, implementation=implementation
+    )
+    expected = attention.dot_product_attention(
+      q, k, v, mask=mask.to_array(24, 24), implementation='reference'
+    )
+    np.testing.assert_allclose(y, expected, atol=1e-5)
+    assert np.broadcast_to(mask.to_array(24, 24), (2, 1, 24, 24))[0].all()
+
+
 def test_a_mask_joins_a_boolean_array():
   array = np.arange(35).reshape(5, 7) % 3 > 0
   joined = Mask.causal() & array
@@ -134,3 +151,5 @@ def test_invalid_arguments_raise():
     Mask.lengths(key_lengths=np.array([1.5]))
   with pytest.raises(ValueError, match='query_ids'):
     Mask.segments(3)
+  with pytest.raises(ValueError, match='query_ids: expected integers'):
+    Mask.segments(np.array([1.2, 1.7]))

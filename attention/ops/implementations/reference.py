@@ -56,7 +56,8 @@ def softmax(
   if sinks is None:
     return jax.nn.softmax(logits)
   sinks = sinks.astype(jnp.float32)[:, None, None]
-  top = jnp.maximum(logits.max(-1, keepdims=True), sinks)
+  top = logits.max(-1, keepdims=True, initial=-jnp.inf)
+  top = jnp.maximum(top, sinks)
   top = jax.lax.stop_gradient(top)
   exp = jnp.exp(logits - top)
   return exp / (exp.sum(-1, keepdims=True) + jnp.exp(sinks - top))

@@ -116,9 +116,12 @@ def _join(softmax, output, block_top, log_total):
   top, total, values = softmax
   new_top = jnp.maximum(top, block_top)
   shrink = jnp.exp(top - new_top)
-  # Fully masked rows of a piece have an infinite denominator.
-  weight = jnp.where(jnp.isinf(log_total), 0, jnp.exp(log_total))
-  weight = weight * jnp.exp(block_top - new_top)
+  # Fully masked rows of a piece have an infinite denominator, whose exponential
+  # must not be computed: XLA may multiply it by 0 before it selects.
+  is_masked = jnp.isinf(log_total)
+  total_of_block = jnp.exp(jnp.where(is_masked, 0, log_total))
+  weight = total_of_block * jnp.exp(block_top - new_top)
+  weight = jnp.where(is_masked, 0, weight)
   values = values * shrink[..., None]
   values = values + output.astype(_f32) * weight[..., None]
   return new_top, total * shrink + weight, values

@@ -134,6 +134,18 @@ def test_masking_bias_never_unmasks_keys(loop, low, assert_close):
 
 
 @pytest.mark.parametrize('loop', LOOPS)
+def test_a_sink_of_minus_infinity_is_no_sink(loop, assert_close):
+  sinks = np.where(np.arange(H) % 2, -np.inf, 0.5).astype('f')
+  mask = Mask.lengths(key_lengths=0)
+  inputs = _arrays()[:3]
+  *arrays, options = check(*inputs, sinks=sinks, mask=mask)
+  output, vjp = jax.vjp(lambda *x: LOOPS[loop](*x, options), *arrays)
+  assert not np.asarray(output).any()
+  for gradient in vjp(jnp.ones_like(output)):
+    assert np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize('loop', LOOPS)
 @pytest.mark.parametrize(
   'options',
   [

@@ -112,7 +112,7 @@ def _softmax(options, batch, row, query, key):
   sinks = options.sinks.astype(jnp.float32)[:, None]
   top = jnp.maximum(top, sinks)
   exp, sink_exp = jnp.exp(logits - top[..., None]), jnp.exp(sinks - top)
-  return exp, exp.sum(-1) + sink_exp, sink_exp, x
+  return exp, exp.sum(-1) + sink_exp + _EPSILON, sink_exp, x
 
 
 def _dropout_factor(options, row, shape):
@@ -128,6 +128,10 @@ def _row_step(options, batch, row, query, key, value):
     exp = exp * _dropout_factor(options, row, exp.shape)
   output = sum_keys(exp, value) / total[..., None]
   return output.swapaxes(1, 2).astype(query.dtype)
+
+
+def _widened(x):
+  return x.astype(jnp.float32) if x.dtype == jnp.float16 else x
 
 
 def _per_query(x):
@@ -162,8 +166,10 @@ def _row_gradients(options, batch, row, query, key, value, d_output):
   if options.logit_cap is not None:
     d_products = d_logits * (1 - jnp.square(x / options.logit_cap))
   d_value = sum_queries(used, d_output, groups)
-  d_query = sum_keys(d_products, key).swapaxes(1, 2) * options.scale
-  d_key = sum_queries(d_products, query, groups) * options.scale
+  # The gradients of products would underflow in float16, too.
+  of_keys = sum_keys(d_products, _widened(key)).swapaxes(1, 2)
+  of_queries = sum_queries(d_products, _widened(query), groups)
+  d_query, d_key = of_keys * options.scale, of_queries * options.scale
   grads = [
     g.astype(like.dtype)
     for g, like in ((d_query, query), (d_key, key), (d_value, value))
