@@ -51,6 +51,8 @@ def beam_search(
   prompt = check_prompt(prompt, num_tokens)
   num_rows = len(prompt)
   ends = end_tokens(end)
+  if not len(ends):
+    raise ValueError(f'end: expected one token or more, got {end}')
   logits, cache = prefill(step, cache, prompt, chunk_size)
   vocab_size = logits.shape[-1]
   if not 1 <= beam_size <= vocab_size:

@@ -1,6 +1,7 @@
 """Gated attention (Jumper et al. 2021, Suppl. Alg. 7 and 19)."""
 
 import dataclasses
+import math
 
 import haiku as hk
 import jax
@@ -85,10 +86,10 @@ class GatedAttention(hk.Module):
 
   def project(self, weights: dict, values):
     """Sum the outputs of all heads: [*b, q, h, c] → [*b, q, o]."""
-    flat = values.reshape(-1, *values.shape[-3:])
+    flat = values.reshape(math.prod(values.shape[:-3]), *values.shape[-3:])
     output = products.dot(flat, weights['output_w'], 2)
     output += weights['output_b']
-    return output.reshape(*values.shape[:-2], -1)
+    return output.reshape(*values.shape[:-2], output.shape[-1])
 
   def attend(self, query, key, value, *, mask, bias):
     """Compute softmax(query keyᵀ / √c + bias) value.
@@ -188,7 +189,7 @@ class GlobalAttention(hk.Module):
 
 def _project(x, weights):
   """[*b, t, a] → [*b, t, h, c], with the leading axes flattened to one."""
-  flat = x.reshape(-1, *x.shape[-2:])
+  flat = x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
   heads = products.dot(flat, weights)
   return heads.reshape(*x.shape[:-1], *heads.shape[2:])
 

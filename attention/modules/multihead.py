@@ -128,7 +128,7 @@ class MultiHeadAttention(hk.Module):
     """[*b, q, h, e] → [*b, q, m]."""
     if self.value_factorisation == 'full':
       return heads.sum(-2)
-    flat = heads.reshape(*heads.shape[:-2], -1)
+    flat = heads.reshape(*heads.shape[:-2], math.prod(heads.shape[-2:]))
     return Linear(
       model_size,
       with_bias=self.with_output_bias,

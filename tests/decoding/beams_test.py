@@ -145,6 +145,12 @@ def test_invalid_beam_options_raise(options, message):
     _search(np.array([[0]]), **options)
 
 
+def test_a_beam_needs_an_end():
+  cache = jnp.zeros((1, 9), jnp.int32), jnp.int32(0)
+  with pytest.raises(ValueError, match='end: expected one token or more'):
+    decoding.beam_search(_markov, cache, np.array([[0]]), 6, end=())
+
+
 def test_any_of_several_tokens_ends_a_hypothesis():
   """With a wide beam, the best of all sequences that end in 0 or 3."""
 

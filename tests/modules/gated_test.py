@@ -98,6 +98,14 @@ def test_global_attention_ignores_masked_positions(arrays, assert_close):
   )
 
 
+@pytest.mark.parametrize('shape', [(0, Q, A), (B, 0, A)])
+def test_empty_axes_give_empty_outputs(shape):
+  x = jnp.zeros(shape)
+  mask = jnp.ones((shape[0], 1, 1, shape[1]), bool)
+  params = _gated().init(jax.random.key(0), *jnp.zeros((2, B, Q, A)))
+  assert _gated().apply(params, x, x, mask).shape == shape
+
+
 @pytest.mark.parametrize('kind', ['GatedAttention', 'GlobalAttention'])
 def test_fully_masked_rows_have_finite_gradients(kind, arrays):
   (x,) = arrays((B, Q, A))

@@ -120,7 +120,7 @@ def test_restarting_a_finished_run_changes_nothing(
     capsys.readouterr()
     loop.train(config(**{'training.steps': steps}), tmp_path / 'run')
     output = capsys.readouterr().out
-    assert 'finished at step 3' in output
+    assert 'this run is at step 3' in output
     assert '--config.training.steps' in output
     assert 'compil' not in output
     assert 'schedule' not in output

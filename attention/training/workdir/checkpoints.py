@@ -188,7 +188,7 @@ class Checkpoints:
       if self._is_writer:
         digests.write(part, {'step': step, 'values': values})
         part.rename(self._directory / str(step))
-        self._remove_old()
+        self._remove_old(step)
       self.saved = step
     except _FAILURES as error:
       self._give_up(step, error)
@@ -211,11 +211,12 @@ class Checkpoints:
         with contextlib.suppress(OSError):
           leftover.unlink()
 
-  def _remove_old(self):
+  def _remove_old(self, saved):
+    """Keep the newest, the best, and the one that was just saved."""
     steps = self._steps()
     losses = {step: self._loss(step) for step in steps}
     best = min(steps, key=losses.get)
-    kept = {*steps[-self._num_kept :]}
+    kept = {saved, *steps[-self._num_kept :]}
     if losses[best] < math.inf:
       kept.add(best)
     for step in steps:

@@ -62,6 +62,12 @@ def test_without_losses_only_the_newest_are_kept(tmp_path):
   assert _names(tmp_path) == ['3', '4']
 
 
+def test_a_saved_step_is_kept_beside_later_ones(tmp_path):
+  _save(tmp_path, 5, num_kept=1)
+  _save(tmp_path, 3, num_kept=1)
+  assert _names(tmp_path) == ['3', '5']
+
+
 def test_a_step_that_is_being_saved_is_saved_once(tmp_path):
   warned = []
   with contextlib.closing(Checkpoints(tmp_path, 2, warned.append)) as saved:
