@@ -79,7 +79,7 @@ def test_samples_of_half_precision_logits_follow_the_distribution(dtype):
 
 
 def test_top_p_of_one_keeps_all_tokens():
-  logits = 4 * jax.random.normal(jax.random.key(0), (50_257,))
+  logits = 4 * jax.random.normal(jax.random.key(0), (6, 50_257))
   options = dict(temperature=1.0, top_k=None, top_p=1.0, min_p=None)
   assert jnp.isfinite(filters.narrow(logits, **options)).all()
 
