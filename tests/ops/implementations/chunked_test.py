@@ -346,3 +346,23 @@ def test_loop_is_selected_by_row_size():
 
   assert not has_loop(64)
   assert has_loop(2048)
+
+
+def test_small_float16_gradients_do_not_underflow():
+  rng = np.random.default_rng(0)
+  sizes = (1, 32, 2, 16), (1, 3000, 2, 16), (1, 3000, 2, 16), (1, 32, 2, 16)
+  *inputs, d_output = (rng.normal(size=size).astype('f') for size in sizes)
+
+  def gradient(dtype, implementation):
+    _, vjp = jax.vjp(
+      lambda *x: attention.dot_product_attention(
+        *x, implementation=implementation
+      ),
+      *(jnp.asarray(x, dtype) for x in inputs),
+    )
+    d_query, *_ = vjp(jnp.asarray(1e-4 * d_output, dtype))
+    return np.asarray(d_query, 'f')
+
+  expected = gradient('float32', 'reference')
+  error = np.linalg.norm(gradient('float16', 'chunked') - expected)
+  assert error < 0.02 * np.linalg.norm(expected)
